@@ -1,0 +1,75 @@
+"""Settings and fixtures that every test shares.
+
+Eight CPU devices stand in for a mesh, and dtype promotion is strict: a test that passes
+here holds on machines with many devices, and no result depends on an implicit cast.
+"""
+
+import random
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark everything in tests/peers as comparison with another library."""
+    peers = Path(__file__).parent / "peers"
+    for item in items:
+        if peers in item.path.parents:
+            item.add_marker("peer")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Start every test from the same global random state."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries under comparison draw from it
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A NumPy generator with a fixed seed."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A JAX random key with a fixed seed."""
+    return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The root of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    """The bundled model: a trained 6.8M-parameter Llama in Hugging Face layout."""
+    return ROOT / "examples" / "model"
+
+
+@pytest.fixture(scope="session")
+def books_text() -> str:
+    """Held-out books: text the bundled model was not trained on."""
+    return (ROOT / "examples" / "data" / "books-test.txt").read_text("utf-8")
+
+
+@pytest.fixture(scope="session")
+def wikitext() -> str:
+    """The WikiText-2 test split."""
+    return (ROOT / "examples" / "data" / "wikitext-2-test.txt").read_text("utf-8")
+
+
+@pytest.fixture(scope="session")
+def calibration_text() -> str:
+    """Excerpts from the training books, for calibration."""
+    return (ROOT / "examples" / "data" / "books-calibration.txt").read_text("utf-8")

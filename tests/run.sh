@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Runs the checks and the tests in an environment of their own.
+#
+#   bash tests/run.sh [PYTEST ARGUMENTS]            lint, types and the test suite
+#   bash tests/run.sh --peers [PYTEST ARGUMENTS]    comparisons with other libraries
+#
+# Needs Python >= 3.11 and a package index; set PYTHON to choose the interpreter.
+# The environment, .venv-test, is built on the first run and again when
+# pyproject.toml changes. --peers adds PyTorch and the other libraries to it. Where the
+# default index serves PyTorch with CUDA and that is unwelcome, set PIP_INDEX_URL or
+# PIP_EXTRA_INDEX_URL to an index of CPU builds first.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+peers=false
+if [[ "${1:-}" == --peers ]]; then
+    peers=true
+    shift
+fi
+
+python="${PYTHON:-python3}"
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "tests/run.sh: '$python' is missing or older than Python 3.11;" \
+        "set PYTHON to a newer interpreter" >&2
+    exit 2
+fi
+
+venv=.venv-test
+bin="$venv/bin"
+stamp="$("$python" -c 'import hashlib, pathlib, sys
+print(sys.version, hashlib.sha256(pathlib.Path("pyproject.toml").read_bytes()).hexdigest())')"
+
+if [[ ! -x "$bin/python" || "$(cat "$venv/stamp" 2>/dev/null)" != "$stamp" ]]; then
+    echo "tests/run.sh: building $venv" >&2
+    rm -rf "$venv"
+    "$python" -m venv "$venv"
+    "$bin/pip" install --quiet --upgrade 'pip>=25.1'
+    "$bin/pip" install --quiet --editable '.[test,plot]' --group dev
+    printf '%s\n' "$stamp" >"$venv/stamp"
+fi
+
+workers="${QJAX_TEST_WORKERS:-2}"
+if $peers; then
+    if [[ "$(cat "$venv/stamp-peers" 2>/dev/null)" != "$stamp" ]]; then
+        echo "tests/run.sh: adding the peers to $venv" >&2
+        DISABLE_CUDA=1 "$bin/pip" install --quiet 'torch==2.13.0'
+        DISABLE_CUDA=1 "$bin/pip" install --quiet --editable '.[peers]'
+        printf '%s\n' "$stamp" >"$venv/stamp-peers"
+    fi
+    "$bin/pytest" -n "$workers" -m peer "$@"
+else
+    "$bin/ruff" check .
+    "$bin/ruff" format --check .
+    "$bin/pyright"
+    "$bin/pytest" -n "$workers" -m 'not peer' --ignore=tests/peers "$@"
+fi
