@@ -143,7 +143,7 @@ def _child(code: str) -> dict:
 
 
 def test_import_touches_no_device_and_no_heavy_library():
-    heavy = sorted(HEAVY | {"tyro", "rich", "huggingface_hub"})
+    heavy = sorted(HEAVY | {"tyro", "huggingface_hub"})
     seen = _child(
         "import json, sys, qjax\n"
         "from jax._src import xla_bridge\n"
