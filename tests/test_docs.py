@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
     page
     for folder in (ROOT, ROOT / "docs", ROOT / "examples")
-    for page in ([*folder.glob("*.md")] + [*folder.glob("*/README.md")])
+    for page in [*folder.glob("*.md"), *folder.glob("*/README.md")]
 )
 
 
