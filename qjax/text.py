@@ -17,6 +17,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from qjax import chat
@@ -100,14 +101,26 @@ class Tokenizer:
         Raises:
             SpecError: `text` is no valid Unicode string.
         """
-        if not isinstance(text, str):
-            raise SpecError(f"encode: got {type(text).__name__}, expected str")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise SpecError(f"encode: the text is not valid Unicode: {error}") from None
+        _check_text(text)
         ids = self.backend.encode(text, add_special_tokens=False).ids
         return [*self._prefix, *ids] if add_special_tokens else ids
+
+    def encode_with_bytes(self, text: str) -> tuple[list[int], list[int]]:
+        """Return the ids of `text`, and up to which byte each has spelled it.
+
+        Bytes are those of the text in UTF-8; opening tokens spell none.
+
+        Raises:
+            SpecError: `text` is no valid Unicode string.
+        """
+        _check_text(text)
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        widths = np.array([len(character.encode()) for character in text], np.int64)
+        byte_at = np.concatenate([[0], np.cumsum(widths)])
+        ends = np.array([end for _, end in encoding.offsets], np.int64)
+        ends = np.maximum.accumulate(byte_at[ends])
+        opening = len(self._prefix)
+        return [*self._prefix, *encoding.ids], [0] * opening + ends.tolist()
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; bytes that form no character become U+FFFD."""
@@ -325,6 +338,16 @@ def _read_templates(folder: str, config: Mapping[str, Any]) -> dict[str, str]:
     elif os.path.isfile(path):
         raise FormatError(f"{path}: larger than {chat.SOURCE_LIMIT} bytes")
     return templates
+
+
+def _check_text(text: Any) -> None:
+    """Raise SpecError unless `text` is a string that UTF-8 can spell."""
+    if not isinstance(text, str):
+        raise SpecError(f"encode: got {type(text).__name__}, expected str")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SpecError(f"encode: the text is not valid Unicode: {error}") from None
 
 
 def _token_text(value: Any) -> str | None:

@@ -1,0 +1,16 @@
+"""Judging models: perplexity, distance from a baseline, reports.
+
+`evaluate` measures a model on a text under a named protocol. `write_report` turns
+results into JSON, tables and plots. `qjax.evaluate.lm_eval` lets lm-evaluation-harness
+run a model on its tasks.
+"""
+
+from qjax.evaluate.perplexity import evaluate as evaluate
+from qjax.evaluate.perplexity import summarize as summarize
+from qjax.evaluate.scoring import Scorer as Scorer
+from qjax.evaluate.scoring import TokenScores as TokenScores
+from qjax.evaluate.scoring import as_scorer as as_scorer
+from qjax.evaluate.scoring import score_windows as score_windows
+from qjax.evaluate.windows import PROTOCOLS as PROTOCOLS
+from qjax.evaluate.windows import Windows as Windows
+from qjax.evaluate.windows import plan_windows as plan_windows
