@@ -1,0 +1,133 @@
+"""One decoder block, and a run of equal blocks under `jax.lax.scan`.
+
+A `Block` is the unit that calibration streams: it needs only its own parameters and
+the call's `Positions`. Blocks whose parameters agree in structure, format, shape and
+dtype are stacked on a leading axis; one scan then runs them, so compile time does not
+grow with depth.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from qjax.models.attention import Attention, LayerNumbers
+from qjax.models.cache import LayerCache, Positions
+from qjax.models.config import ModelConfig
+from qjax.models.layers import MLP, Leaves, Norm, below
+
+
+class Block(nnx.Module):
+    """Attention and MLP with their norms and residual sums.
+
+    pre-norm:  h = x + attn(norm(x)); y = h + mlp(norm(h));
+    post-norm: h = norm(x + attn(x)); y = norm(h + mlp(h));
+    parallel:  y = x + attn(norm(x)) + mlp(norm'(x)).
+    Gemma also normalizes what attn and mlp return.
+
+    Args:
+        config: The model's configuration.
+        leaves: The block's parameters by relative path (`"attn.q.kernel"`), arrays or
+            quantized tensors, with a leading layer axis if stacked.
+    """
+
+    def __init__(self, config: ModelConfig, leaves: Leaves):
+        self.config = config
+        self.attn_norm = Norm(below(leaves, "attn_norm"), config)
+        self.attn = Attention(below(leaves, "attn"), config)
+        self.mlp_norm = Norm(below(leaves, "mlp_norm"), config)
+        self.mlp = MLP(below(leaves, "mlp"), config)
+        extra = config.post_norms
+        self.attn_post_norm = (
+            Norm(below(leaves, "attn_post_norm"), config) if extra else None
+        )
+        self.mlp_post_norm = (
+            Norm(below(leaves, "mlp_post_norm"), config) if extra else None
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "batch time dim"],
+        positions: Positions,
+        numbers: LayerNumbers | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Array, "batch time dim"], LayerCache | None]:
+        """Runs the block on one layer's (unstacked) parameters.
+
+        Args:
+            x: The residual stream.
+            positions: What all layers share; see `Decoder.positions`.
+            numbers: This layer's window, rotary table and scale, where they vary.
+            cache: This layer's cache.
+
+        Returns:
+            The residual stream after the block and the updated cache.
+        """
+        numbers = numbers or LayerNumbers()
+        if self.config.norm_after:
+            mixed, cache = self.attn(x, positions, numbers, cache)
+            x = self.attn_norm(x + mixed)
+            return self.mlp_norm(x + self.mlp(x)), cache
+        mixed, cache = self.attn(self.attn_norm(x), positions, numbers, cache)
+        if self.config.parallel_residual:
+            return x + mixed + self.mlp(self.mlp_norm(x)), cache
+        if self.attn_post_norm is not None:
+            mixed = self.attn_post_norm(mixed)
+        x = x + mixed
+        hidden = self.mlp(self.mlp_norm(x))
+        if self.mlp_post_norm is not None:
+            hidden = self.mlp_post_norm(hidden)
+        return x + hidden, cache
+
+
+def run_blocks(
+    blocks: Block,
+    x: Float[Array, "batch time dim"],
+    positions: Positions,
+    numbers: LayerNumbers,
+    cache: tuple[Array, Array] | None = None,
+) -> tuple[Float[Array, "batch time dim"], tuple[Array, Array] | None]:
+    """Runs a stack of blocks one after the other in a single scan.
+
+    Args:
+        blocks: A block whose every leaf has a leading layer axis.
+        x: The residual stream.
+        positions: What all layers share.
+        numbers: Per-layer numbers with the same leading axis.
+        cache: Keys and values of the run, carried and updated in place.
+
+    Returns:
+        The residual stream and the updated keys and values.
+    """
+    graph, state = nnx.split(blocks)
+    count = jax.tree.leaves(state)[0].shape[0]
+
+    def step(carry: Any, item: Any) -> tuple[Any, None]:
+        x, stored = carry
+        state, numbers, layer = item
+        view = None if stored is None else LayerCache(*stored, layer)
+        x, view = nnx.merge(graph, state)(x, positions, numbers, view)
+        return (x, None if view is None else (view.keys, view.values)), None
+
+    layers = jnp.arange(count, dtype=jnp.int32)
+    (x, cache), _ = jax.lax.scan(step, (x, cache), (state, numbers, layers))
+    return x, cache
+
+
+def structure(leaf: Any) -> Any:
+    """Returns what must agree for leaves to be stacked: tree, shapes and dtypes."""
+    parts, tree = jax.tree.flatten(leaf)
+    return tree, tuple((p.shape, np.dtype(p.dtype).name) for p in parts)
+
+
+def stack(leaves: list[Any]) -> Any:
+    """Stacks equal leaves on a new leading axis; each array part on its own."""
+
+    def join(*parts: Any) -> Array:
+        host = all(isinstance(p, np.ndarray) for p in parts)
+        return jnp.asarray(np.stack(parts)) if host else jnp.stack(parts)
+
+    return jax.tree.map(join, *leaves)

@@ -1,0 +1,248 @@
+"""The one decoder: every supported architecture is a `ModelConfig` and this module.
+
+Decides how a flat dict of parameters becomes a running model: consecutive layers whose
+parameters agree in structure, format, shape and dtype form a run, stacked on a leading
+axis and scanned. A uniform model is one run, so it compiles as fast as one layer.
+
+Refuses parameter dicts that do not fit the configuration, naming every path. Costs:
+building stacks copies each layer's parameters once; logits are float32.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from qjax.errors import SpecError
+from qjax.models.attention import LayerNumbers, layer_numbers
+from qjax.models.block import Block, run_blocks, stack, structure
+from qjax.models.cache import KVCache, Positions
+from qjax.models.config import ModelConfig
+from qjax.models.layers import Embedding, Linear, Norm, below, leaves_of
+from qjax.models.rope import rope_angles
+from qjax.models.weights import HEAD, param_shapes
+
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model over dense or quantized parameters.
+
+    Args:
+        config: The architecture.
+        params: Parameters by path, arrays or quantized tensors; `head.kernel` may be
+            absent if the configuration ties it to the embedding.
+        dtype: Compute dtype; float32 on CPU and bfloat16 elsewhere by default. Dense
+            parameters keep the dtype they come in.
+
+    Raises:
+        SpecError: Parameters are missing, unknown or of the wrong shape.
+
+    Example:
+        >>> model = Decoder(config, params)
+        >>> logits, _ = model(tokens)
+        >>> cache = model.init_cache(batch=1, length=64)
+        >>> logits, cache = model(prompt, cache)
+        >>> logits, cache = model(logits[:, -1:].argmax(-1), cache)
+    """
+
+    def __init__(
+        self, config: ModelConfig, params: Mapping[str, Any], *, dtype: Any = None
+    ):
+        _check(config, params)
+        on_cpu = jax.default_backend() == "cpu"
+        self.config = config
+        self.dtype = np.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
+        self.embed = Embedding(below(params, "embed"), config)
+        layers: list[dict[str, Any]] = [{} for _ in range(config.layers)]
+        for path, leaf in params.items():
+            if found := _LAYER.fullmatch(path):
+                layers[int(found[1])][found[2]] = leaf
+        kinds = [
+            {path: structure(leaf) for path, leaf in one.items()} for one in layers
+        ]
+        cuts = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
+        edges = [0, *cuts, config.layers]
+        self.runs = tuple(itertools.pairwise(edges))
+        self.layers = nnx.List(
+            Block(
+                config,
+                {
+                    p: stack([one[p] for one in layers[start:stop]])
+                    for p in kinds[start]
+                },
+            )
+            for start, stop in self.runs
+        )
+        self.norm = Norm(below(params, "norm"), config) if config.final_norm else None
+        self.head = Linear(below(params, "head")) if HEAD in params else None
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch time"],
+        cache: KVCache | None = None,
+        *,
+        positions: Int[Array, "batch time"] | None = None,
+    ) -> tuple[Float[Array, "batch time vocab"], KVCache | None]:
+        """Returns the logits after every token.
+
+        Args:
+            tokens: Token ids.
+            cache: Cache to continue; its next slots are overwritten. The caller keeps
+                `cache.index + time <= cache.length`.
+            positions: Position of every token in its row, -1 for padding; by default
+                the tokens continue each row. See `positions_from_mask`.
+
+        Returns:
+            Float32 logits (those of padding are meaningless) and the updated cache.
+
+        Raises:
+            SpecError: More tokens than cache slots or learned positions.
+        """
+        x, cache = self.hidden(tokens, cache, positions=positions)
+        return self.logits(x), cache
+
+    def hidden(
+        self,
+        tokens: Int[Array, "batch time"],
+        cache: KVCache | None = None,
+        *,
+        positions: Int[Array, "batch time"] | None = None,
+    ) -> tuple[Float[Array, "batch time dim"], KVCache | None]:
+        """Returns what `logits` takes: the stream after the last norm; and the cache.
+
+        Prefill uses it to compute logits of the last token only.
+        """
+        where = self.positions(tokens, cache, positions)
+        x = self.embed(tokens, where.queries, self.dtype)
+        keys, values = [], []
+        for run, (blocks, (start, stop)) in enumerate(
+            zip(self.layers, self.runs, strict=True)
+        ):
+            stored = None if cache is None else (cache.keys[run], cache.values[run])
+            numbers = layer_numbers(self.config, start, stop)
+            x, stored = run_blocks(blocks, x, where, numbers, stored)
+            if stored is not None:
+                keys.append(stored[0])
+                values.append(stored[1])
+        if cache is not None:
+            index = cache.index + tokens.shape[1]
+            cache = KVCache(tuple(keys), tuple(values), where.keys, index)
+        return (x if self.norm is None else self.norm(x)), cache
+
+    def logits(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocab"]:
+        """Returns float32 logits of hidden states."""
+        y = self.embed.attend(x) if self.head is None else self.head.wide(x)
+        cap = self.config.logit_softcap
+        return y if cap is None else jnp.tanh(y / cap) * cap
+
+    def positions(
+        self,
+        tokens: Int[Array, "batch time"],
+        cache: KVCache | None = None,
+        positions: Int[Array, "batch time"] | None = None,
+    ) -> Positions:
+        """Returns what all layers of a call share, to run blocks one by one."""
+        time = tokens.shape[1]
+        self._check_length(time, cache)
+        if positions is None:
+            first = 0 if cache is None else cache.next_positions[:, None]
+            counted = jnp.arange(time, dtype=jnp.int32)[None] + first
+            positions = jnp.broadcast_to(counted, tokens.shape)
+        positions = jnp.asarray(positions, jnp.int32)
+        keys, index = positions, jnp.zeros((), jnp.int32)
+        if cache is not None:
+            index = cache.index
+            keys = jax.lax.dynamic_update_slice(
+                cache.positions, positions, (jnp.zeros((), jnp.int32), index)
+            )
+        tables = [rope_angles(rope, positions) for rope in self.config.ropes]
+        cos = jnp.stack([table[0] for table in tables]) if tables else None
+        sin = jnp.stack([table[1] for table in tables]) if tables else None
+        return Positions(positions, keys, cos, sin, index)
+
+    def init_cache(self, batch: int, length: int, dtype: Any = None) -> KVCache:
+        """Returns an empty cache of `length` slots per row.
+
+        Args:
+            batch: Number of rows.
+            length: Number of tokens each row can hold, padding included.
+            dtype: Dtype of keys and values; the compute dtype by default.
+
+        Raises:
+            SpecError: The length is not positive, or exceeds learned positions.
+        """
+        if length < 1:
+            raise SpecError(f"cache length is {length}; expected at least 1")
+        self._check_length(length, None)
+        config = self.config
+        shape = (batch, config.kv_heads, length, config.head_dim)
+
+        def empty() -> tuple[Array, ...]:
+            kind = np.dtype(dtype or self.dtype)
+            return tuple(jnp.zeros((b - a, *shape), kind) for a, b in self.runs)
+
+        unwritten = jnp.full((batch, length), -1, jnp.int32)
+        return KVCache(empty(), empty(), unwritten, jnp.zeros((), jnp.int32))
+
+    def blocks(self) -> Iterator[tuple[int, Block, LayerNumbers]]:
+        """Yields every layer's index, its own unstacked block, and its numbers."""
+        for blocks, (start, stop) in zip(self.layers, self.runs, strict=True):
+            graph, state = nnx.split(blocks)
+            numbers = layer_numbers(self.config, start, stop)
+            for i in range(stop - start):
+                one = jax.tree.map(lambda leaf, i=i: leaf[i], (state, numbers))
+                yield start + i, nnx.merge(graph, one[0]), one[1]
+
+    def params(self) -> dict[str, Any]:
+        """Returns the parameters by path, unstacked; inverse of construction."""
+        parts: dict[str, Any] = {
+            f"embed.{path}": leaf for path, leaf in leaves_of(self.embed).items()
+        }
+        for layer, block, _ in self.blocks():
+            for path, leaf in leaves_of(block).items():
+                parts[f"layers.{layer}.{path}"] = leaf
+        for name, module in (("norm", self.norm), ("head", self.head)):
+            if module is not None:
+                for path, leaf in leaves_of(module).items():
+                    parts[f"{name}.{path}"] = leaf
+        return parts
+
+    def _check_length(self, time: int, cache: KVCache | None) -> None:
+        if cache is not None and time > cache.length:
+            raise SpecError(
+                f"{time} tokens do not fit a cache of {cache.length} slots; make a "
+                "longer cache or pass fewer tokens"
+            )
+        learned = not self.config.ropes
+        if learned and time > self.config.max_context:
+            raise SpecError(
+                f"{time} positions exceed this model's {self.config.max_context} "
+                "learned positions; use a shorter context"
+            )
+
+
+def _check(config: ModelConfig, params: Mapping[str, Any]) -> None:
+    """Raises unless `params` are exactly the parameters that `config` describes."""
+    expected = param_shapes(config)
+    optional = {HEAD: (config.dim, config.vocab_size)} if config.tied else {}
+    allowed = {**expected, **optional}
+    faults = [f"{path} is missing" for path in expected if path not in params]
+    faults += [f"{path} is unknown" for path in params if path not in allowed]
+    faults += [
+        f"{path} has shape {tuple(leaf.shape)}, expected {allowed[path]}"
+        for path, leaf in params.items()
+        if path in allowed and tuple(leaf.shape) != allowed[path]
+    ]
+    if faults:
+        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise SpecError(
+            f"parameters do not fit the {config.family} configuration: "
+            f"{'; '.join(faults[:5])}{more}"
+        )
