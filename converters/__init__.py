@@ -1,0 +1,1 @@
+"""Readers and writers of foreign checkpoint formats, one per file."""
