@@ -222,10 +222,11 @@ def no_space(target: Path) -> Iterator[None]:
     """Turn "no space left" into one clear error."""
     try:
         yield
-    except OSError as error:
-        if isinstance(error, QjaxError) or error.errno not in _FULL:
+    except (OSError, QjaxError) as error:
+        cause = error.__cause__ if isinstance(error, QjaxError) else error
+        if not isinstance(cause, OSError) or cause.errno not in _FULL:
             raise
         raise QjaxError(
-            f"{shown(target)}: cannot be written: {error.strerror}; the previous state "
+            f"{shown(target)}: cannot be written: {cause.strerror}; the previous state "
             "is intact; free some space and run again"
-        ) from error
+        ) from cause

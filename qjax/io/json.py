@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from qjax.errors import FormatError
+from qjax.errors import FormatError, SpecError
 from qjax.io.files import read_small, shown
 
 MAX_BYTES = 1 << 20
@@ -102,8 +102,14 @@ def encode_object(value: dict[str, Any]) -> bytes:
     """Return `value` as indented UTF-8 JSON ending in a newline.
 
     The same value always gives the same bytes: keys keep their order.
+
+    Raises:
+      SpecError: The value holds NaN, infinity or something that is not JSON.
     """
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"cannot be stored as JSON: {error}") from error
     return (text + "\n").encode("utf-8")
 
 

@@ -1,0 +1,74 @@
+"""Models of the Hugging Face Hub, through its client's cache.
+
+Only weights, JSON and tokenizer files at the top of the repository are fetched: never
+Python files, and `.bin` weights only where there are no safetensors.
+"""
+
+import re
+from pathlib import Path
+
+from qjax.errors import SpecError
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+_TEXT = ["*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+_SAFE = ["*.safetensors"]
+_PICKLED = ["pytorch_model*.bin"]
+_NEVER = ["*/*", "*.py", "consolidated*", "adapter*", "training_args*"]
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a text has the form `name` or `owner/name`."""
+    return _ID.fullmatch(name) is not None and ".." not in name and "--" not in name
+
+
+def download(repo: str, revision: str | None = None) -> Path:
+    """Fetch a model into the Hub's cache and return its directory there.
+
+    With `HF_HUB_OFFLINE=1`, or without a network, the cache alone is used.
+
+    Args:
+      repo: `owner/name`.
+      revision: Branch, tag or commit; the default branch when None.
+
+    Returns:
+      The snapshot directory of that revision.
+
+    Raises:
+      SpecError: No such model or revision, no access, or no network and not cached.
+    """
+    directory = _snapshot(repo, revision, [*_TEXT, *_SAFE])
+    if not any(directory.glob("*.safetensors")):
+        directory = _snapshot(repo, revision, [*_TEXT, *_PICKLED])
+    return directory
+
+
+def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    asked = f"{repo!r}" + (f" at revision {revision!r}" if revision else "")
+    try:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=_NEVER,
+            )
+        )
+    except errors.GatedRepoError as error:
+        raise SpecError(
+            f"{asked}: access to this model must be requested on its page on the "
+            "Hugging Face Hub; then log in with `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise SpecError(
+            f"{asked}: neither a directory here nor a model on the Hugging Face Hub "
+            "(if it is private, log in with `hf auth login`)"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise SpecError(f"{asked}: the model has no such revision") from error
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        raise SpecError(
+            f"{asked}: not a directory here, not in the Hub's cache, and the Hub "
+            f"cannot be reached: {str(error).splitlines()[0][:200]}"
+        ) from error
