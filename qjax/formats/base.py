@@ -1,0 +1,144 @@
+"""The contract every number format keeps.
+
+A format says what stored codes mean; it never chooses scales. Its core is a pair of pure
+functions on arrays: `encode(u)`, the nearest code of real numbers `u` measured in units
+of the scale, and `decode(codes)`, its inverse. Which weights share a scale is the
+format's `grouping`; which scale they get is a method's choice (`qjax.methods`).
+"""
+
+import abc
+import dataclasses
+import json
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from qjax.errors import SpecError
+from qjax.formats.grouping import Grouping
+
+FLOAT_SCALES = ("float32", "bfloat16", "float16")
+_REGISTRY: dict[str, type["Format"]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Format(abc.ABC):
+    """A number format for weights `[..., in, out]`: frozen, hashable, static in jit.
+
+    A stored weight is `decode(code) * scale` (affine formats: `(code - zero) * scale`),
+    computed in float32.
+    """
+
+    code_bits: ClassVar[int] = 8
+    """Bits that one code occupies in its leaf (8: one array element per code)."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _REGISTRY[cls.__name__] = cls
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """Short name used in reports, for example `int4-g128`."""
+
+    @property
+    @abc.abstractmethod
+    def peak(self) -> float:
+        """Largest magnitude in units of the scale: `scale = absmax / peak`."""
+
+    @abc.abstractmethod
+    def grouping(self, matrix: tuple[int, int]) -> Grouping:
+        """Which weights of an `(in, out)` matrix share a scale.
+
+        Raises:
+          SpecError: the format cannot hold a matrix of this shape.
+        """
+
+    @abc.abstractmethod
+    def encode(self, u: Float[Array, "..."]) -> Shaped[Array, "..."]:
+        """Nearest codes of real numbers in units of the scale."""
+
+    @abc.abstractmethod
+    def decode(self, codes: Shaped[Array, "..."]) -> Float[Array, "..."]:
+        """Real numbers of codes, float32, in units of the scale."""
+
+    @abc.abstractmethod
+    def neighbour(
+        self, codes: Shaped[Array, "..."], up: Shaped[Array, "..."]
+    ) -> Shaped[Array, "..."]:
+        """The next code above (`up`) or below, clipped to the range."""
+
+    def encode_stochastic(
+        self, u: Float[Array, "..."], key: Array
+    ) -> Shaped[Array, "..."]:
+        """Rounds to one of the two codes around `u`, unbiased inside the range.
+
+        The upper code is chosen with probability `(u - low) / (high - low)`.
+
+        Args:
+          u: real numbers in units of the scale.
+          key: a JAX random key.
+
+        Returns:
+          Codes as `encode` gives them; equal keys give equal codes.
+        """
+        near = self.encode(u)
+        value = self.decode(near)
+        other = self.neighbour(near, u > value)
+        step = self.decode(other) - value
+        odds = jnp.where(step == 0, 0.0, (u - value) / jnp.where(step == 0, 1.0, step))
+        return jnp.where(jax.random.uniform(key, u.shape) < odds, other, near)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready description; `format_from_dict` is the inverse."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"kind": type(self).__name__, **fields}
+
+
+def format_from_dict(spec: dict[str, Any]) -> Format:
+    """Builds a format from `Format.to_dict()` output.
+
+    Args:
+      spec: `{"kind": class name, field: value, ...}`.
+
+    Returns:
+      The format.
+
+    Raises:
+      SpecError: the kind or a field is unknown, or a value is out of range.
+    """
+    fields = dict(spec)
+    kind = fields.pop("kind", None)
+    cls = _REGISTRY.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        known = ", ".join(sorted(_REGISTRY))
+        raise SpecError(f"format: unknown kind {kind!r}; known kinds: {known}")
+    known_fields = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(fields) - known_fields):
+        raise SpecError(
+            f"format {kind}: unknown fields {unknown}; known: {sorted(known_fields)}"
+        )
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise SpecError(f"format {json.dumps(spec)}: {error}") from None
+
+
+def check_choice(where: str, name: str, got: Any, allowed: tuple) -> None:
+    """Raises SpecError unless `got` is one of `allowed`."""
+    if got not in allowed:
+        choices = ", ".join(map(repr, allowed))
+        raise SpecError(f"{where}: {name} is {got!r}, expected one of {choices}")
+
+
+def check_matrix(where: str, matrix: tuple[int, int], size: int, axis: int) -> None:
+    """Raises SpecError when a group is larger than the axis it runs along."""
+    if size > max(matrix[axis], 1):
+        label = ("in", "out")[axis]
+        raise SpecError(
+            f"{where}: group of {size} is larger than the {label} axis of a matrix "
+            f"[in={matrix[0]}, out={matrix[1]}]; use a group of at most "
+            f"{matrix[axis]}, or group='channel'"
+        )

@@ -1,0 +1,167 @@
+"""Array-level quantization: one weight in, one quantized tensor out.
+
+Checks what cannot be checked under `jit` (shape, dtype, finiteness), then calls the
+method, compiled once per shape, format and method. Peak memory: the float32 weight, the
+packed result, and the temporaries of the method.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from qjax.errors import NonFiniteError, SpecError
+from qjax.formats import Format, Int
+from qjax.formats.base import check_choice
+from qjax.methods.base import Method
+from qjax.methods.rtn import RTN
+from qjax.tensor import (
+    LayoutTensor,
+    QuantizedTensor,
+    assemble,
+    nvfp4_divisor,
+    store_scale,
+)
+from qjax.wrappers import Transposed
+
+NONFINITE = ("raise", "zero", "clip")
+
+
+def quantize(
+    w: Any,
+    fmt: Format,
+    method: Method | None = None,
+    *,
+    axis: int = -2,
+    importance: Any = None,
+    key: Array | None = None,
+    nonfinite: str = "raise",
+    name: str = "weight",
+) -> QuantizedTensor:
+    """Quantizes a weight `[..., in, out]` along its contraction axis.
+
+    Args:
+      w: float array, NumPy or JAX, rank >= 2. Leading axes are batched.
+      fmt: the number format.
+      method: how codes are chosen; default `RTN()`.
+      axis: the contraction axis, -2 (kernels) or -1. With -1 (embedding tables
+        `[vocab, dim]`, torch weights `[out, in]`) the result is `Transposed`.
+      importance: non-negative error weights broadcastable to `w`.
+      key: random key for stochastic rounding.
+      nonfinite: `raise`, `zero` (NaN and infinities become 0) or `clip` (NaN becomes 0,
+        infinities the largest finite value). Under `jit` nothing can be raised and
+        `raise` acts as `clip`.
+      name: what errors call the weight.
+
+    Returns:
+      A `QuantizedTensor` with the shape and float dtype of `w`.
+
+    Raises:
+      SpecError: rank below 2, a dtype that is not float, a group larger than its axis.
+      NonFiniteError: `nonfinite="raise"` and `w` holds NaN or infinity; names the
+        tensor, the count and the first index.
+
+    Example:
+      >>> q = quantize(np.ones((128, 8), np.float32), Int(4, 64))
+      >>> q.shape, q.bits_per_weight
+      ((128, 8), 4.5)
+    """
+    check_choice(name, "nonfinite", nonfinite, NONFINITE)
+    check_choice(name, "axis", axis, (-2, -1))
+    if np.ndim(w) < 2:
+        raise SpecError(
+            f"{name}: rank {np.ndim(w)} (shape {np.shape(w)}) cannot be quantized; "
+            "expected [..., in, out]"
+        )
+    if not isinstance(w, jax.Array):
+        w = np.asarray(w)
+        w = w.astype(w.dtype.newbyteorder("="), copy=False)
+    dtype = jnp.dtype(w.dtype)
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+        raise SpecError(
+            f"{name}: dtype {dtype} is not a float that can be quantized; expected "
+            "float16, bfloat16, float32 or float64"
+        )
+    if axis == -1:
+        if importance is not None:
+            importance = jnp.swapaxes(jnp.asarray(importance), -1, -2)
+        w = jnp.swapaxes(jnp.asarray(w, _compute_dtype(dtype)), -1, -2)
+    matrix = (w.shape[-2], w.shape[-1])
+    if 0 in w.shape:
+        q = _empty(w.shape, fmt)
+    else:
+        fmt.grouping(matrix)  # a group that does not fit is reported before any work
+        w = jnp.asarray(w, _compute_dtype(dtype))
+        if nonfinite == "raise" and not isinstance(w, jax.core.Tracer):
+            _check_finite(w, name, transposed=axis == -1)
+        q = _quantize(
+            w, fmt, method or RTN(), importance, key, "clip" if nonfinite == "raise"
+            else nonfinite
+        )
+    q = with_dtype(q, "float32" if dtype == jnp.float64 else dtype.name)
+    return Transposed(q) if axis == -1 else q
+
+
+def with_dtype(q: QuantizedTensor, dtype: str) -> QuantizedTensor:
+    """The same codes with another logical dtype (what `dequantize()` returns)."""
+    import dataclasses
+
+    return dataclasses.replace(q, dtype=dtype)  # pyright: ignore[reportArgumentType]
+
+
+def _compute_dtype(dtype):
+    return jnp.float32 if dtype == jnp.float64 else dtype
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 5))
+def _quantize(w, fmt, method, importance, key, nonfinite):
+    w = w.astype(jnp.float32)
+    big = float(jnp.finfo(jnp.float32).max)
+    w = jnp.nan_to_num(
+        w,
+        nan=0.0,
+        posinf=big if nonfinite == "clip" else 0.0,
+        neginf=-big if nonfinite == "clip" else 0.0,
+    )
+    return method(w, fmt, importance=importance, key=key)
+
+
+def _check_finite(w, name, transposed):
+    bad = int(_count_nonfinite(w))
+    if not bad:
+        return
+    host = np.asarray(w.astype(jnp.float32))
+    host = np.swapaxes(host, -1, -2) if transposed else host
+    first = tuple(int(i) for i in np.argwhere(~np.isfinite(host))[0])
+    raise NonFiniteError(
+        f"{name}: {bad} of {w.size} weights are NaN or infinite, the first at index "
+        f"{first} ({host[first]}); expected finite weights. Repair the source, or pass "
+        "nonfinite='zero' or nonfinite='clip' to replace them"
+    )
+
+
+@jax.jit
+def _count_nonfinite(w):
+    return jnp.sum(~jnp.isfinite(w), dtype=jnp.int32)
+
+
+def _empty(shape, fmt: Format) -> LayoutTensor:
+    """A tensor with a zero-sized axis: no weights, unit scales, nothing to choose."""
+    matrix = (shape[-2], shape[-1])
+    lead = shape[:-2]
+    codes = fmt.encode(jnp.zeros(shape, jnp.float32))
+    if not hasattr(fmt, "scale_dtype"):
+        return assemble(fmt, codes, None, matrix)
+    group = fmt.grouping(matrix)
+    ones = jnp.ones((*lead, *group.scale_shape), jnp.float32)
+    divisor = zero = None
+    if fmt.name == "nvfp4":
+        divisor = nvfp4_divisor(jnp.zeros((*lead, 1, 1), jnp.float32))
+    if isinstance(fmt, Int) and not fmt.symmetric:
+        zero = jnp.zeros_like(ones).astype(fmt.zero_dtype)
+    nested = ones.size == 0 and (getattr(fmt, "double", False))
+    stored = ones if nested else store_scale(fmt, ones, divisor)[0]
+    return assemble(fmt, codes, stored, matrix, zero=zero, global_scale=divisor)

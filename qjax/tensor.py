@@ -1,0 +1,414 @@
+"""Quantized weights as pytrees.
+
+A `QuantizedTensor` holds packed codes and scales as leaves; its format, its logical
+matrix `(in, out)` and its logical dtype are static. Leading axes (layers, experts,
+convolution taps) are whatever leading axes the leaves have, so the same object goes
+through `vmap`, `scan`, indexing, sharding and `jax.tree` maps unchanged.
+
+Invariants, for a tensor of logical shape `[*lead, in, out]`:
+
+* every leaf is `[*lead, ...]`;
+* `AffineTensor`: `w = (code - zero) * scale`;
+* `CodebookTensor`: `w = table[code] * scale + offset`;
+* `MinifloatTensor`: `w = float(code) * (scale / global_scale)`, absent leaves being 1;
+* `scale` is an array or itself a `QuantizedTensor` (double quantization);
+* the "flat" layout (bitsandbytes blocks that do not divide `in`) stores the row-major
+  transpose as one column: codes `[*lead, packed(in * out), 1]`.
+
+Sub-byte leaves are packed `uint8`; there are no `int4` leaves, which neither Orbax nor
+safetensors can store. Constructors do not validate, because pytree operations put
+arbitrary objects in the leaves; `qjax.checkpoint` validates what it loads.
+"""
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from qjax.errors import SpecError
+from qjax.formats.affine import Int
+from qjax.formats.base import Format
+from qjax.formats.codebook import Dynamic8, TableFormat, pytorch_mean
+from qjax.formats.grouping import Grouping
+from qjax.formats.minifloat import (
+    E2M1_MAX,
+    E4M3_MAX,
+    Cast,
+    Minifloat,
+    decode_e8m0,
+    encode_e8m0,
+)
+from qjax.packing import pack, packed_rows, unpack
+
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+
+
+class QuantizedTensor:
+    """Base of every quantized weight: shape, size, indexing and printing.
+
+    Subclasses are registered dataclass pytrees. `format` is the number format,
+    `matrix` the logical `(in, out)`, `dtype` the logical dtype name that
+    `dequantize()` returns.
+    """
+
+    format: Format
+    matrix: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape `[*lead, in, out]`."""
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        """Logical rank."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of logical weights."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves as stored."""
+        leaves = jax.tree.leaves(self)
+        return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All stored bits, scales included, over logical weights (0 when empty)."""
+        return 8 * self.nbytes / self.size if self.size else 0.0
+
+    def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
+        """The dense weight, computed in float32 and cast.
+
+        Args:
+          dtype: result dtype; default the logical dtype.
+
+        Returns:
+          Array of `shape`.
+        """
+        raise NotImplementedError
+
+    def __getitem__(self, index: Any) -> "QuantizedTensor":
+        """Indexes leading axes; the matrix axes cannot be cut.
+
+        Raises:
+          SpecError: the index reaches into `in` or `out`.
+        """
+        parts = index if isinstance(index, tuple) else (index,)
+        used = sum(1 for p in parts if p is not None and p is not Ellipsis)
+        if used > self.ndim - 2 or any(p is Ellipsis for p in parts):
+            raise SpecError(
+                f"index {index!r} into {self!r}: only the {self.ndim - 2} leading axes "
+                "can be indexed; dequantize() first to cut the matrix"
+            )
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+    def __repr__(self) -> str:
+        try:
+            text = (
+                f"{self.format.name}, {list(self.shape)}, "
+                f"{self.bits_per_weight:.3f} bits/weight, {format_bytes(self.nbytes)}"
+            )
+        except (AttributeError, TypeError, IndexError):  # leaves are not arrays
+            text = self.format.name
+        return f"{type(self).__name__}({text})"
+
+
+class LayoutTensor(QuantizedTensor):
+    """A weight with one codes leaf: what the three storage layouts share."""
+
+    codes: Any
+    scale: Any
+    dtype: str
+    affine: ClassVar[bool] = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape `[*lead, in, out]`."""
+        return (*self.codes.shape[:-2], *self.matrix)
+
+    @property
+    def grouping(self) -> Grouping:
+        """Which weights share a scale."""
+        return self.format.grouping(self.matrix)
+
+    @property
+    def flat(self) -> bool:
+        """Whether codes are stored as one column over the transpose."""
+        return self.grouping.kind == "flat"
+
+    def unpacked(self) -> Shaped[Array, "*lead in out"]:
+        """Codes, one per element, in matrix form (8-bit layouts: the leaf itself)."""
+        bits = self.format.code_bits
+        rows, cols = self.matrix
+        size = rows * cols if self.flat else rows
+        codes = self.codes if bits >= 8 else unpack(self.codes, bits, size)
+        if self.flat:
+            codes = codes.reshape(*codes.shape[:-2], cols, rows)
+            codes = jnp.swapaxes(codes, -1, -2)
+        return codes
+
+    def scales(self) -> Float[Array, "*lead s t"]:
+        """Effective float32 scale of each group, nested statistics decoded."""
+        return load_scale(self.scale)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class AffineTensor(LayoutTensor):
+    """`w = (code - zero) * scale`, for `Int` formats.
+
+    Attributes:
+      codes: uint8 `[*lead, packed(in), out]`, or int8 `[*lead, in, out]` (8-bit
+        symmetric).
+      scale: `[*lead, s, t]`, one per group (see `Grouping.scale_shape`), or nested.
+      zero: like `scale`, in code units; None when symmetric.
+      format: the `Int` format.
+      matrix: logical `(in, out)`.
+      dtype: logical dtype name.
+    """
+
+    codes: Any
+    scale: Any
+    zero: Any
+    format: Int = dataclasses.field(metadata={"static": True})
+    matrix: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    dtype: str = dataclasses.field(default="float32", metadata={"static": True})
+
+    def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
+        """See `QuantizedTensor.dequantize`."""
+        group = self.grouping
+        values = group.split(self.format.decode(self.unpacked()))
+        if self.zero is not None:
+            values = values - group.load(self.zero.astype(jnp.float32))
+        values = group.join(values * group.load(self.scales()))
+        return values.astype(dtype or self.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class CodebookTensor(LayoutTensor):
+    """`w = table[code] * scale + offset`, for table formats.
+
+    Attributes:
+      codes: uint8 `[*lead, packed(in), out]`, or flat.
+      scale: `[*lead, in / block, out]` (flat: `[*lead, blocks, 1]`), or nested.
+      codebook: float32 `[*lead, 2**bits]` when learned or read from a file; None means
+        the format's own table.
+      offset: float32 `[*lead, 1, 1]` or None; the mean that double quantization
+        subtracts.
+      format: a table format.
+      matrix: logical `(in, out)`.
+      dtype: logical dtype name.
+    """
+
+    codes: Any
+    scale: Any
+    codebook: Any
+    offset: Any
+    format: TableFormat = dataclasses.field(metadata={"static": True})
+    matrix: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    dtype: str = dataclasses.field(default="float32", metadata={"static": True})
+
+    def table(self) -> Float[Array, "*lead levels"]:
+        """The value of each code."""
+        if self.codebook is None:
+            return jnp.asarray(self.format.table)
+        return self.codebook
+
+    def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
+        """See `QuantizedTensor.dequantize`."""
+        group = self.grouping
+        codes = self.unpacked()
+        if self.codebook is None:
+            values = self.format.decode(codes)
+        else:
+            flat = codes.reshape(*codes.shape[:-2], -1).astype(jnp.int32)
+            values = jnp.take_along_axis(self.codebook, flat, -1).reshape(codes.shape)
+        values = group.join(group.split(values) * group.load(self.scales()))
+        if self.offset is not None:
+            values = values + self.offset
+        return values.astype(dtype or self.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class MinifloatTensor(LayoutTensor):
+    """`w = float(code) * (scale / global_scale)`, for FP8, MX, NVFP4 and casts.
+
+    Attributes:
+      codes: float8 or 16-bit float `[*lead, in, out]`; uint8 `[*lead, in / 2, out]` for
+        E2M1.
+      scale: float, E4M3 or E8M0 (uint8) `[*lead, s, t]`; None for `Cast`.
+      global_scale: float32 `[*lead, 1, 1]`, NVFP4 only; divides `scale`.
+      format: a `Minifloat` or `Cast` format.
+      matrix: logical `(in, out)`.
+      dtype: logical dtype name.
+    """
+
+    codes: Any
+    scale: Any
+    global_scale: Any
+    format: Minifloat | Cast = dataclasses.field(metadata={"static": True})
+    matrix: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    dtype: str = dataclasses.field(default="float32", metadata={"static": True})
+
+    def scales(self) -> Float[Array, "*lead s t"]:
+        """Effective float32 scales."""
+        if self.scale is None:
+            return jnp.ones((*self.codes.shape[:-2], 1, 1), jnp.float32)
+        scale = load_scale(self.scale)
+        return scale if self.global_scale is None else scale / self.global_scale
+
+    def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
+        """See `QuantizedTensor.dequantize`."""
+        values = self.format.decode(self.unpacked())
+        if self.scale is not None:
+            group = self.grouping
+            values = group.join(group.split(values) * group.load(self.scales()))
+        return values.astype(dtype or self.dtype)
+
+
+def load_scale(scale: Any) -> Float[Array, "*lead s t"]:
+    """Float32 value of a stored scale: nested, E8M0 (uint8), float8 or float."""
+    if isinstance(scale, QuantizedTensor):
+        return scale.dequantize(jnp.float32)
+    if scale.dtype == jnp.uint8:
+        return decode_e8m0(scale)
+    return scale.astype(jnp.float32)
+
+
+def store_scale(
+    fmt: Format, scale: Float[Array, "*lead s t"], divisor: Any = None
+) -> tuple[Any, Float[Array, "*lead s t"]]:
+    """Rounds scales to what a format stores.
+
+    Positive scales stay positive and finite after rounding, so that codes computed for
+    the stored scale are defined.
+
+    Args:
+      fmt: the format of the weight the scales belong to.
+      scale: positive float32 scales in stored shape.
+      divisor: NVFP4's `global_scale`.
+
+    Returns:
+      `(stored, effective)`: the leaf (or nested tensor) and its float32 value.
+    """
+    kind = "uint8" if getattr(fmt, "double", False) else fmt.scale_dtype  # pyright: ignore[reportAttributeAccessIssue]
+    if kind == "uint8":
+        nested = quantize_scale(scale, signed=isinstance(fmt, TableFormat))
+        return nested, nested.dequantize(jnp.float32)
+    if kind == "e8m0":
+        # A scale of 2**e is stored exactly; others round up, so nothing saturates.
+        exponent = jnp.ceil(jnp.log2(jnp.maximum(scale, _TINY)) - 1e-5)
+        stored = encode_e8m0(exponent)
+        return stored, decode_e8m0(stored)
+    if kind == "e4m3":
+        scaled = jnp.clip(scale * divisor, 2.0**-9, E4M3_MAX)
+        stored = scaled.astype(jnp.float8_e4m3fn)
+        return stored, stored.astype(jnp.float32) / divisor
+    info = jnp.finfo(kind)
+    # Tables keep the absolute maximum itself, 0 included, as bitsandbytes does.
+    low = 0.0 if isinstance(fmt, TableFormat) else max(float(info.tiny), _TINY)
+    stored = jnp.clip(scale, low, float(info.max)).astype(kind)
+    return stored, stored.astype(jnp.float32)
+
+
+def nvfp4_divisor(absmax: Float[Array, "*lead 1 1"]) -> Float[Array, "*lead 1 1"]:
+    """NVFP4's `global_scale = 448 * 6 / absmax` (1 for an all-zero matrix)."""
+    safe = jnp.where(absmax > 0, absmax, E4M3_MAX * E2M1_MAX)
+    return jnp.float32(E4M3_MAX * E2M1_MAX) / safe
+
+
+def quantize_scale(scale: Float[Array, "*lead s t"], *, signed: bool) -> CodebookTensor:
+    """Double quantization: scales as 8-bit dynamic codes in blocks of 256.
+
+    Args:
+      scale: float32 scales.
+      signed: subtract the mean and use the signed map (bitsandbytes' rule) instead of
+        the unsigned map on the scales themselves, which keeps them positive.
+
+    Returns:
+      The nested tensor.
+
+    Reference: bitsandbytes `functional.quantize_4bit(compress_statistics=True)`.
+    """
+    fmt = Dynamic8(block=256, signed=signed)
+    matrix = (scale.shape[-2], scale.shape[-1])
+    offset = None
+    if signed:
+        order = jnp.swapaxes(scale, -1, -2).reshape(*scale.shape[:-2], -1)
+        offset = pytorch_mean(order)[..., None, None]
+        scale = scale - offset
+    group = fmt.grouping(matrix)
+    blocks = group.split(scale)
+    absmax = jnp.max(jnp.abs(blocks), axis=-2, keepdims=True)
+    safe = jnp.where(absmax > 0, absmax, 1.0)
+    codes = fmt.encode(blocks / safe)
+    if not signed:  # code 0 is the value 0: no scale may vanish
+        codes = jnp.maximum(codes, jnp.uint8(1))
+    stored = group.store(absmax)
+    return assemble(fmt, group.join(codes), stored, matrix, offset=offset)  # pyright: ignore[reportReturnType]
+
+
+def assemble(
+    fmt: Format,
+    codes: Shaped[Array, "*lead in out"],
+    scale: Any,
+    matrix: tuple[int, int],
+    *,
+    zero: Any = None,
+    offset: Any = None,
+    global_scale: Any = None,
+    dtype: str = "float32",
+) -> LayoutTensor:
+    """Packs unpacked codes and builds the tensor class of a format.
+
+    Args:
+      fmt: the format.
+      codes: one code per weight in matrix form, as `Format.encode` returns them.
+      scale: stored scale leaf, nested tensor, or None (`Cast`).
+      matrix: logical `(in, out)`.
+      zero: stored zero-point leaf of an asymmetric `Int`.
+      offset: offset leaf of a nested scale.
+      global_scale: NVFP4's divisor.
+      dtype: logical dtype name.
+
+    Returns:
+      An `AffineTensor`, `CodebookTensor` or `MinifloatTensor`.
+    """
+    if fmt.grouping(matrix).kind == "flat":
+        codes = jnp.swapaxes(codes, -1, -2).reshape(*codes.shape[:-2], -1, 1)
+    if fmt.code_bits < 8:
+        codes = pack(codes, fmt.code_bits)
+    if isinstance(fmt, Int):
+        return AffineTensor(codes, scale, zero, fmt, matrix, dtype)
+    if isinstance(fmt, TableFormat):
+        return CodebookTensor(codes, scale, None, offset, fmt, matrix, dtype)
+    if isinstance(fmt, Minifloat | Cast):
+        return MinifloatTensor(codes, scale, global_scale, fmt, matrix, dtype)
+    raise SpecError(f"format {fmt!r} has no tensor class")
+
+
+def codes_shape(fmt: Format, matrix: tuple[int, int]) -> tuple[int, int]:
+    """Trailing shape of the codes leaf of a matrix."""
+    rows, cols = matrix
+    if fmt.grouping(matrix).kind == "flat":
+        rows, cols = rows * cols, 1
+    bits = fmt.code_bits
+    return (packed_rows(rows, bits) if bits < 8 else rows, cols)
+
+
+def format_bytes(count: float) -> str:
+    """Human-readable size in powers of 1000, for example `22.5 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

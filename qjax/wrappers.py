@@ -1,0 +1,204 @@
+"""Compositions of a quantized weight with a cheap exact operation.
+
+Outlier decomposition, activation order, activation-aware scaling, rotation, low-rank
+repair and transposition are wrappers around any `QuantizedTensor`, so LLM.int8, SpQR,
+GPTQ's act-order, AWQ without folding, QuaRot and LoRA-style repair need no classes of
+their own. Each is a pytree whose leaves share the leading axes of its base, and each
+states its logical weight; `qjax.ops.matmul` applies the operation to the activations
+or the result instead of the weight.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qjax.errors import SpecError
+from qjax.tensor import QuantizedTensor
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Wrapper(QuantizedTensor):
+    """Base of wrappers: format, matrix and dtype are those of the base."""
+
+    base: Any
+
+    @property
+    def format(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Format of the base."""
+        return self.base.format
+
+    @property
+    def matrix(self) -> tuple[int, int]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Logical `(in, out)`."""
+        return self.base.matrix
+
+    @property
+    def dtype(self) -> str:
+        """Logical dtype of the base."""
+        return self.base.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape."""
+        return (*self.base.shape[:-2], *self.matrix)
+
+    def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
+        """See `QuantizedTensor.dequantize`; composed in float32."""
+        return self.compose(self.base.dequantize(jnp.float32)).astype(
+            dtype or self.dtype
+        )
+
+    def compose(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Applies the wrapper to the dense float32 base."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.base!r})"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Transposed(Wrapper):
+    """`w = base^T`: a table `[vocab, dim]` whose groups run along `dim`."""
+
+    @property
+    def matrix(self) -> tuple[int, int]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Logical `(in, out)`: the base's, swapped."""
+        return (self.base.matrix[1], self.base.matrix[0])
+
+    def compose(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Swaps the matrix axes."""
+        return jnp.swapaxes(w, -1, -2)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Permuted(Wrapper):
+    """`w[perm[j]] = base[j]`: groups formed in another order of inputs (act-order).
+
+    Attributes:
+      perm: int32 `[*lead, in]`, a permutation; activations are gathered by it.
+    """
+
+    perm: Any
+
+    def compose(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Scatters rows back to their own inputs."""
+        inverse = jnp.argsort(self.perm, axis=-1)
+        return jnp.take_along_axis(w, inverse[..., :, None], axis=-2)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class InputScaled(Wrapper):
+    """`w = s[:, None] * base`: activations are multiplied by `s` (AWQ unfolded).
+
+    Attributes:
+      s: float `[*lead, in]`.
+    """
+
+    s: Any
+
+    def compose(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Scales rows."""
+        return w * self.s[..., :, None].astype(jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Rotated(Wrapper):
+    """`w = diag(signs) H base`, `H` a blockwise orthonormal Hadamard matrix.
+
+    The block is the largest power of two that divides `in`. `(x * signs) H` is what the
+    base is multiplied by.
+
+    Attributes:
+      signs: float `[*lead, in]` of +1 and -1.
+    """
+
+    signs: Any
+
+    def compose(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Undoes the rotation."""
+        turned = jnp.swapaxes(hadamard(jnp.swapaxes(w, -1, -2)), -1, -2)
+        return turned * self.signs[..., :, None].astype(jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class WithOutliers(Wrapper):
+    """`w = base` plus a sparse correction: `w[rows[k], cols[k]] += values[k]`.
+
+    Attributes:
+      values: float `[*lead, n]`.
+      rows: int32 `[*lead, n]`, input indices.
+      cols: int32 `[*lead, n]`, output indices.
+    """
+
+    values: Any
+    rows: Any
+    cols: Any
+
+    def compose(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Adds the correction."""
+        lead = w.shape[:-2]
+
+        def add(m, values, rows, cols):
+            return m.at[rows, cols].add(values.astype(jnp.float32))
+
+        for _ in lead:
+            add = jax.vmap(add)
+        return add(w, self.values, self.rows, self.cols)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class LowRank(Wrapper):
+    """`w = base + a b`: low-rank repair of the rounding error.
+
+    Attributes:
+      a: float `[*lead, in, rank]`.
+      b: float `[*lead, rank, out]`.
+    """
+
+    a: Any
+    b: Any
+
+    def compose(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Adds the product."""
+        a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
+        return w + jnp.matmul(a, b, precision="highest")
+
+
+def hadamard(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+    """Multiplies the last axis by a blockwise orthonormal Hadamard matrix.
+
+    The block is the largest power of two dividing `n`; the transform is symmetric, so
+    it is its own inverse. Cost: `n log2(block)` additions.
+
+    Args:
+      x: float array.
+
+    Returns:
+      Array of the same shape and dtype.
+
+    Raises:
+      SpecError: `n` is odd, so that there is nothing to rotate.
+    """
+    n = x.shape[-1]
+    block = n & -n
+    if block < 2:
+        raise SpecError(f"hadamard: size {n} is odd, so it has no block to rotate")
+    lead = x.shape[:-1]
+    y = x.reshape(*lead, n // block, block)
+    span = 1
+    while span < block:
+        pairs = y.reshape(*lead, n // block, block // (2 * span), 2, span)
+        even, odd = pairs[..., 0, :], pairs[..., 1, :]
+        y = jnp.stack([even + odd, even - odd], axis=-2)
+        y = y.reshape(*lead, n // block, block)
+        span *= 2
+    return (y * jnp.asarray(block**-0.5, x.dtype)).reshape(x.shape)
