@@ -108,7 +108,7 @@ def run_blocks(
     def step(carry: Any, item: Any) -> tuple[Any, None]:
         x, stored = carry
         state, numbers, layer = item
-        view = None if stored is None else LayerCache(*stored, layer)
+        view = None if stored is None else LayerCache(stored[0], stored[1], layer)
         x, view = nnx.merge(graph, state)(x, positions, numbers, view)
         return (x, None if view is None else (view.keys, view.values)), None
 

@@ -82,8 +82,7 @@ class ConfigReader:
         """Returns a list of `count` positive finite numbers."""
         expected = f"a list of {count} positive numbers"
         _, value = self._find((key,), REQUIRED, REQUIRED, expected)
-        good = isinstance(value, Sequence) and not isinstance(value, str)
-        good = good and len(value) == count
+        good = isinstance(value, list | tuple) and len(value) == count
         if not good or not all(_is_number(v) and v > 0 for v in value):
             raise self.bad(key, value, expected)
         return tuple(float(v) for v in value)
@@ -94,8 +93,8 @@ class ConfigReader:
         found, value = self._find((key,), None, None, expected)
         if found is None:
             return None
-        good = isinstance(value, Sequence) and not isinstance(value, str)
-        if not good or len(value) != count or any(v not in choices for v in value):
+        good = isinstance(value, list | tuple) and len(value) == count
+        if not good or any(v not in choices for v in value):
             raise self.bad(key, value, expected)
         return tuple(value)
 
