@@ -51,6 +51,6 @@ if $peers; then
 else
     "$bin/ruff" check .
     "$bin/ruff" format --check .
-    "$bin/pyright"
+    "$bin/pyright" --pythonpath "$bin/python"
     "$bin/pytest" -n "$workers" -m 'not peer' --ignore=tests/peers "$@"
 fi

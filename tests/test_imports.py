@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -23,6 +24,7 @@ LAYERS = [
     ["packing"],
     ["formats"],
     ["tensor"],
+    ["wrappers"],
     ["io"],
     ["methods"],
     ["calibration"],
@@ -32,10 +34,11 @@ LAYERS = [
     ["nn"],
     ["chat_worker"],
     ["chat"],
-    ["models", "text"],
+    ["models", "text", "sampling"],
     ["converters"],
     ["checkpoint"],
     ["quantize"],
+    ["decoding"],
     ["generate"],
     ["evaluate"],
     ["train", "serve", "plan"],
@@ -125,12 +128,9 @@ def test_folders_are_not_imported_by_their_checkout_names(name):
         assert first not in {"converters", "pallas_kernels", "tests"}, f"{name}:{line}"
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_no_prints_no_asserts(name):
-    if _room(name) == "cli":
-        pytest.skip("the command line prints")
+@pytest.mark.parametrize("name", [n for n in MODULES if _room(n) != "cli"])
+def test_the_library_does_not_print(name):
     for node in ast.walk(ast.parse(MODULES[name].read_text("utf-8"))):
-        assert not isinstance(node, ast.Assert), f"{name}:{node.lineno}: assert"
         called = isinstance(node, ast.Call) and getattr(node.func, "id", None)
         assert called != "print", f"{name}:{node.lineno}: print"
 
@@ -176,16 +176,23 @@ def _public_modules() -> list[str]:
     return ["qjax", *(n for n in names if not n.endswith("__main__"))]
 
 
+def _public(module: ModuleType) -> dict[str, object]:
+    """Public names: those of `__all__`, else everything but modules and imports."""
+    names = getattr(module, "__all__", None)
+    if names is None:
+        names = [n for n, v in vars(module).items() if n[0] != "_"]
+    values = {name: getattr(module, name) for name in names}
+    return {n: v for n, v in values.items() if not isinstance(v, ModuleType)}
+
+
 @pytest.mark.parametrize("name", _public_modules())
 def test_public_names_are_documented(name):
     module = importlib.import_module(name)
     assert (module.__doc__ or "").strip(), f"{name} has no docstring"
-    for public in getattr(module, "__all__", []):
-        assert hasattr(module, public), f"{name}.__all__ lists missing {public}"
-        value = getattr(module, public)
-        if inspect.isclass(value) or inspect.isfunction(value):
-            written = "__doc__" not in vars(value) or value.__doc__
-            assert written and (value.__doc__ or "").strip(), f"{name}.{public}"
+    for public, value in _public(module).items():
+        ours = getattr(value, "__module__", "").startswith("qjax")
+        if ours and (inspect.isclass(value) or inspect.isfunction(value)):
+            assert (inspect.getdoc(value) or "").strip(), f"{name}.{public}"
 
 
 def _undocumented(body: list[ast.stmt], prefix: str) -> Iterator[str]:
@@ -210,9 +217,3 @@ def test_modules_and_public_definitions_have_docstrings(name):
     tree = ast.parse(MODULES[name].read_text("utf-8"))
     assert ast.get_docstring(tree), f"{name} has no docstring"
     assert not list(_undocumented(tree.body, "")), name
-
-
-def test_public_surface_is_the_root():
-    assert sorted(qjax.__all__) == sorted(set(qjax.__all__))
-    for public in qjax.__all__:
-        assert not public.startswith("_") or public == "__version__"
