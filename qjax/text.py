@@ -305,7 +305,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _read_json(folder: str, name: str) -> dict[str, Any]:
-    """Return a JSON object, or {} where the file does not exist."""
+    """Return a JSON object, or {} where the file does not exist.
+
+    Laxer than `qjax.io.json`: tokenizers write `model_max_length` as 10^30.
+    """
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
         return {}

@@ -2,8 +2,8 @@
 
 Logits are formed and reduced for a few tokens at a time, so that a vocabulary of 256k
 costs `LOGITS_BYTES` of float32 logits per model and not `batch * context * vocab * 4`
-bytes (2 GB for one window of 2048). A baseline is read beside the model, batch by batch;
-nothing of it is stored but one number per token.
+bytes (2 GB for one window of 2048). A baseline is read beside the model, batch by
+batch; nothing of it is stored but one number per token.
 
 Numerics: log-softmax in float32 whatever the model computes in; sums over tokens in
 float64 on the host.
@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array
 
 from qjax.errors import NonFiniteError, SpecError
 from qjax.evaluate.windows import Windows
+from qjax.models import Decoder
 
 LOGITS_BYTES = 64 * 1024 * 1024
 BATCH_TOKENS = 4096
@@ -40,8 +41,8 @@ class Scorer:
     """
 
     params: Any
-    hidden: Callable[[Any, Int[Array, "batch length"]], Float[Array, "batch length d"]]
-    logits: Callable[[Any, Float[Array, "n d"]], Float[Array, "n vocab"]]
+    hidden: Callable[[Any, Array], Array]
+    logits: Callable[[Any, Array], Array]
     vocab_size: int
     max_context: int
 
@@ -54,15 +55,16 @@ class _Method:
     name: str
 
     def __call__(self, params: Any, x: Any) -> Any:
-        """Return `module.name(x)` for the module with these arrays."""
-        return getattr(nnx.merge(self.graph, params), self.name)(x)
+        """Return `module.name(x)` for the module with these arrays, without a cache."""
+        out = getattr(nnx.merge(self.graph, params), self.name)(x)
+        return out[0] if isinstance(out, tuple) else out
 
 
 def as_scorer(model: Any) -> Scorer:
     """Return `model` as a `Scorer`: itself, or a `qjax.models.Decoder` taken apart."""
     if isinstance(model, Scorer):
         return model
-    if not isinstance(model, nnx.Module) or not hasattr(model, "config"):
+    if not isinstance(model, Decoder):
         raise SpecError(
             f"evaluate: got {type(model).__name__}, expected a qjax.models.Decoder "
             "or a qjax.evaluate.Scorer"
@@ -140,8 +142,8 @@ def _check(model: Scorer, windows: Windows, baseline: Scorer | None) -> None:
             )
     if baseline is not None and baseline.vocab_size != model.vocab_size:
         raise SpecError(
-            f"perplexity: the model has {model.vocab_size} tokens in its vocabulary and "
-            f"the baseline {baseline.vocab_size}; compare models that share a tokenizer"
+            f"perplexity: the model has {model.vocab_size} tokens in its vocabulary "
+            f"and the baseline {baseline.vocab_size}; compare models that share a tokenizer"
         )
     largest = int(windows.tokens.max())
     if largest >= model.vocab_size:
@@ -206,12 +208,11 @@ def _compare(heads: Any, params: Any, hidden: Any, tokens: Any, rows: int) -> An
             jax.nn.log_softmax(head(p, x).astype(jnp.float32))
             for head, p, x in zip(heads, params, (h, h_base), strict=True)
         )
-        agree: Bool[Array, " n"] = logp.argmax(-1) == logq.argmax(-1)
         return {
             "nll": -_pick(logp, target),
             "baseline_nll": -_pick(logq, target),
             "kl": jnp.sum(jnp.exp(logq) * (logq - logp), axis=-1),
-            "agree": agree,
+            "agree": logp.argmax(-1) == logq.argmax(-1),
         }
 
     return _in_blocks(score, (hidden, tokens[:, 1:]), rows)
