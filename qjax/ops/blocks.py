@@ -1,0 +1,142 @@
+"""Cutting a quantized matrix into blocks that are quantized matrices themselves.
+
+A block of rows (`in`) or columns (`out`) of a `LayoutTensor` is a `LayoutTensor` of the
+same format with slices of the same leaves, so whatever works on a weight works on a
+block, and no dense weight larger than a block ever exists. Cuts fall between packing
+units and between groups; the flat layout can only be cut along `out`.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Shaped
+
+from qjax.packing import packed_rows, row_multiple
+from qjax.tensor import (
+    AffineTensor,
+    CodebookTensor,
+    LayoutTensor,
+    MinifloatTensor,
+    QuantizedTensor,
+    load_scale,
+)
+
+Axis = Literal["in", "out"]
+Window = tuple[int, Any, int]
+"""Where a block lies in a leaf: `(axis, start, size)`."""
+
+
+def materialize_scale(q: LayoutTensor) -> LayoutTensor:
+    """Decodes a nested (doubly quantized) scale to float32; costs one scale array."""
+    if isinstance(q.scale, QuantizedTensor):
+        return dataclasses.replace(q, scale=load_scale(q.scale))
+    return q
+
+
+def cut_step(q: LayoutTensor, axis: Axis) -> int | None:
+    """Multiple at which `q` can be cut along `axis`; None when it cannot be cut."""
+    group = q.grouping
+    unit = row_multiple(q.format.code_bits) if q.format.code_bits < 8 else 1
+    if group.kind == "flat":
+        rows, whole = q.matrix[0], math.lcm(group.size, unit)
+        return whole // math.gcd(rows, whole) if axis == "out" and rows else None
+    if axis == "in":
+        return math.lcm(unit, group.size) if group.kind in ("in", "block") else unit
+    return group.size if group.kind in ("out", "block") else 1
+
+
+def windows(q: LayoutTensor, axis: Axis, start: Any, size: int) -> dict[str, Window]:
+    """Where the block `[start, start + size)` along `axis` lies in each leaf.
+
+    Args:
+      q: a weight whose leaves have no leading axes.
+      axis: the matrix axis.
+      start: a multiple of `cut_step`; may be traced.
+      size: a multiple of `cut_step`, or what is left.
+
+    Returns:
+      Field name to window; fields that a block shares with the whole are absent.
+    """
+    group, bits = q.grouping, min(q.format.code_bits, 8)
+    if group.kind == "flat":
+        rows = q.matrix[0]
+        groups = -(-size * rows // group.size)
+        codes = (0, start * rows * bits // 8, packed_rows(size * rows, bits))
+        return _present(q, codes, (0, start * rows // group.size, groups))
+    grouped = group.kind == "block" or group.kind == axis
+    if axis == "in":
+        codes = (0, start * bits // 8, packed_rows(size, bits))
+        shared = group.kind in ("channel", "tensor")
+    else:
+        codes = (1, start, size)
+        shared = group.kind == "tensor"
+    where = int(axis == "out")
+    if shared:
+        return {"codes": codes}
+    if grouped:
+        stats = (where, start // group.size, -(-size // group.size))
+    else:
+        stats = (where, start, size)
+    return _present(q, codes, stats)
+
+
+def _present(q: LayoutTensor, codes: Window, stats: Window) -> dict[str, Window]:
+    """Windows of the leaves that exist: codes, scale and zero."""
+    found = {"codes": codes}
+    for name in ("scale", "zero"):
+        if getattr(q, name, None) is not None:
+            found[name] = stats
+    return found
+
+
+def take(q: LayoutTensor, axis: Axis, start: Any, size: int) -> LayoutTensor:
+    """The block `[start, start + size)` along `axis`; see `windows`."""
+    cut = {
+        name: lax.dynamic_slice_in_dim(getattr(q, name), at, length, where)
+        for name, (where, at, length) in windows(q, axis, start, size).items()
+    }
+    rows, cols = q.matrix
+    matrix = (size, cols) if axis == "in" else (rows, size)
+    return dataclasses.replace(q, matrix=matrix, **cut)
+
+
+def decode(q: LayoutTensor) -> Float[Array, "in out"]:
+    """`q.dequantize(float32)` with 16-entry tables read by selection, not gathers."""
+    codes = q.unpacked()
+    if isinstance(q, CodebookTensor):
+        values = lookup(codes, q.table())
+    elif q.format.code_bits == 4 and isinstance(q, MinifloatTensor):
+        values = lookup(codes, q.format.decode(jnp.arange(16, dtype=jnp.uint8)))
+    else:
+        values = q.format.decode(codes)
+    if q.scale is None:
+        return values
+    group = q.grouping
+    values = group.split(values)
+    if isinstance(q, AffineTensor) and q.zero is not None:
+        values = values - group.load(q.zero.astype(jnp.float32))
+    values = group.join(values * group.load(q.scales()))
+    offset = getattr(q, "offset", None)
+    return values if offset is None else values + offset
+
+
+def lookup(
+    codes: Int[Array, "*shape"], table: Float[Array, "levels"]
+) -> Float[Array, "*shape"]:
+    """`table[codes]`: up to 16 levels by a tree of selections, more by a gather."""
+    levels = table.shape[0]
+    if levels > 16 or levels & (levels - 1):
+        return table.at[codes.astype(jnp.int32)].get(mode="clip")
+    nodes: list[Shaped[Array, "..."]] = [table[i] for i in range(levels)]
+    bit = 1
+    while len(nodes) > 1:
+        odd = (codes & jnp.asarray(bit, codes.dtype)) != 0
+        nodes = [
+            jnp.where(odd, high, low)
+            for low, high in zip(nodes[::2], nodes[1::2], strict=True)
+        ]
+        bit *= 2
+    return jnp.broadcast_to(nodes[0], codes.shape)
