@@ -59,7 +59,7 @@ class Decoder(nnx.Module):
         on_cpu = jax.default_backend() == "cpu"
         self.config = config
         self.dtype = np.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
-        self.embed = Embedding(below(params, "embed"), config)
+        self.embed = Embedding(_placed(params, "embed"), config)
         layers: list[dict[str, Any]] = [{} for _ in range(config.layers)]
         for path, leaf in params.items():
             if found := _LAYER.fullmatch(path):
@@ -80,8 +80,8 @@ class Decoder(nnx.Module):
             )
             for start, stop in self.runs
         )
-        self.norm = Norm(below(params, "norm"), config) if config.final_norm else None
-        self.head = Linear(below(params, "head")) if HEAD in params else None
+        self.norm = Norm(_placed(params, "norm"), config) if config.final_norm else None
+        self.head = Linear(_placed(params, "head")) if HEAD in params else None
 
     def __call__(
         self,
@@ -226,6 +226,11 @@ class Decoder(nnx.Module):
                 f"{time} positions exceed this model's {self.config.max_context} "
                 "learned positions; use a shorter context"
             )
+
+
+def _placed(params: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Returns the leaves under a prefix as device arrays."""
+    return jax.tree.map(jnp.asarray, below(params, prefix))
 
 
 def _check(config: ModelConfig, params: Mapping[str, Any]) -> None:

@@ -57,7 +57,7 @@ class Embedding(nnx.Module):
     def __init__(self, leaves: Leaves, config: ModelConfig):
         self.embedding = nnx.Param(leaves["embedding"])
         position = leaves.get("position")
-        self.position = None if position is None else nnx.Param(jnp.asarray(position))
+        self.position = None if position is None else nnx.Param(position)
         self.offset, self.scale = config.position_offset, config.embed_scale
 
     def __call__(
@@ -95,8 +95,8 @@ class Norm(nnx.Module):
 
     def __init__(self, leaves: Leaves, config: ModelConfig, kind: str | None = None):
         scale, bias = leaves.get("scale"), leaves.get("bias")
-        self.scale = None if scale is None else nnx.Param(jnp.asarray(scale))
-        self.bias = None if bias is None else nnx.Param(jnp.asarray(bias))
+        self.scale = None if scale is None else nnx.Param(scale)
+        self.bias = None if bias is None else nnx.Param(bias)
         self.eps, self.offset = config.norm_eps, config.norm_offset
         self.centred = (kind or config.norm) == "layer"
 

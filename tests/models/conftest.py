@@ -16,6 +16,7 @@ def load_golden() -> ModuleType:
     spec = importlib.util.spec_from_file_location(
         "make_golden", GOLDEN / "make_golden.py"
     )
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -21,7 +21,7 @@ def test_configs_are_hashable_and_equal_by_value(case, golden):
     two = ModelConfig.from_hf(json.loads(json.dumps(golden.CASES[case])))
     assert one == two and hash(one) == hash(two)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        one.dim = 1
+        one.dim = 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_bundled_model(model_path):
@@ -108,7 +108,7 @@ def test_missing_keys_are_named(llama):
     with pytest.raises(SpecError, match="neither 'model_type' nor 'architectures'"):
         ModelConfig.from_hf({})
     with pytest.raises(SpecError, match=r"expected a JSON object, got \[\] \(list\)"):
-        ModelConfig.from_hf([])
+        ModelConfig.from_hf([])  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

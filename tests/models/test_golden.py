@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qjax.models import Decoder, ModelConfig
+from qjax.models import ModelConfig
 
 
 @nnx.jit
-def _logits(model: Decoder, tokens: np.ndarray):
+def _logits(model, tokens):
     return model(tokens)[0]
 
 
