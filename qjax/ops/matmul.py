@@ -230,7 +230,8 @@ def _turn(x, dtype):
 
 def _dense(x, w, transpose):
     """Product with a float array, in the wider of the two dtypes."""
-    dtype = jnp.promote_types(x.dtype, w.dtype)
+    with jax.numpy_dtype_promotion("standard"):  # strict mode has no wider dtype
+        dtype = jnp.promote_types(x.dtype, w.dtype)
     dims = (((1,), (1 if transpose else 0,)), ((), ()))
     y = lax.dot_general(
         x.astype(dtype), w.astype(dtype), dims, preferred_element_type=jnp.float32
