@@ -119,7 +119,7 @@ class Checkpoint:
         try:
             shards, listed = find_shards(self.directory)
             for shard in shards:
-                self._open[shard] = _open_weights(contained(self.directory, shard))
+                self._open[shard] = _open_weights(self.directory, shard)
             self._place, self.unlisted = self._index(listed)
         except BaseException:
             self.close()
@@ -132,8 +132,11 @@ class Checkpoint:
                 f"{shown(self.directory)}: no config.json; expected a Hugging Face "
                 "model directory"
             )
-        path = contained(self.directory, "config.json")
-        return read_small(path, MAX_BYTES, follow=False)
+        path, real = (
+            self.directory / "config.json",
+            contained(self.directory, "config.json"),
+        )
+        return read_small(path, MAX_BYTES, real)
 
     def _without_code(self, config: dict[str, Any], prefix: str) -> dict[str, Any]:
         kept: dict[str, Any] = {}
@@ -267,8 +270,6 @@ def _line(name: str, data: bytes) -> str:
     return f"{name} {len(data)} {hashlib.sha256(data).hexdigest()}\n"
 
 
-def _open_weights(path: Path) -> SafetensorsFile | TorchFile:
-    """Open a weight file (an already resolved path) by its extension."""
-    if path.suffix == ".safetensors":
-        return SafetensorsFile(path, follow=False)
-    return TorchFile(path, follow=False)
+def _open_weights(directory: Path, name: str) -> SafetensorsFile | TorchFile:
+    kind = SafetensorsFile if name.endswith(".safetensors") else TorchFile
+    return kind(directory / name, contained(directory, name))

@@ -107,8 +107,10 @@ def find_shards(directory: Path) -> tuple[list[str], dict[str, str] | None]:
 
 def _read_index(directory: Path, name: str) -> dict[str, str]:
     where = f"{shown(directory)}: {name}"
-    path = contained(directory, name)
-    index = read_object(path, max_bytes=MAX_INDEX, max_depth=8, follow=False)
+    real = contained(directory, name)
+    index = read_object(
+        directory / name, max_bytes=MAX_INDEX, max_depth=8, resolved=real
+    )
     listed = index.get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise FormatError(f"{where}: weight_map must be an object with entries")

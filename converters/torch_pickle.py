@@ -36,12 +36,16 @@ class TorchFile:
       tensors: Name to `TensorRef`, in the order of the checkpoint.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, follow: bool = True):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        resolved: str | os.PathLike[str] | None = None,
+    ):
         """Open and validate `path`.
 
         Args:
           path: Regular file.
-          follow: Whether the last component may be a symbolic link.
+          resolved: Its real path, found before; opened without following another link.
 
         Raises:
           FormatError: Not a plain checkpoint, or damaged; nothing was executed.
@@ -49,8 +53,8 @@ class TorchFile:
           IntegrityError: The pickle's CRC-32 does not match.
           SpecError: The file cannot be opened.
         """
-        _refuse_legacy(path, follow)
-        self._zip = StoredZip(path, follow=follow)
+        _refuse_legacy(path, resolved)
+        self._zip = StoredZip(path, resolved)
         self.file = self._zip.file
         self._where = shown(self.file.path)
         try:
@@ -158,6 +162,8 @@ class TorchFile:
                 f"{where}: its storage {ref.storage.key!r} holds {member.size} bytes, "
                 f"the pickle declares {declared}"
             )
+        if math.prod(max(n, 1) for n in ref.shape) * item >= 1 << 63:
+            raise FormatError(f"{where}: shape {list(ref.shape)} is too large")
         count = member.size // item
         last = ref.offset
         if math.prod(ref.shape):
@@ -192,8 +198,10 @@ def _dtype(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
-def _refuse_legacy(path: str | os.PathLike[str], follow: bool) -> None:
-    with MappedFile(path, follow=follow) as file:
+def _refuse_legacy(
+    path: str | os.PathLike[str], resolved: str | os.PathLike[str] | None
+) -> None:
+    with MappedFile(path, resolved) as file:
         head = file.read(0, min(file.size, 512))
     if head[:4] == b"PK\x03\x04":
         return

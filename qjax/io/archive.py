@@ -46,9 +46,13 @@ class StoredZip:
       members: Name to `Member`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, follow: bool = True):
-        """Open `path` and check its directory; see the module's header."""
-        self.file = MappedFile(path, follow=follow)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        resolved: str | os.PathLike[str] | None = None,
+    ):
+        """Open `path` and check its directory; see `MappedFile` for `resolved`."""
+        self.file = MappedFile(path, resolved)
         self._where = shown(self.file.path)
         self._checked: set[str] = set()
         try:

@@ -29,19 +29,22 @@ _CHUNK = 4 << 20
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """Return a path for a message: as it is, or quoted when it is not printable."""
+    """Return a path for a message: shortened, and quoted when it is not printable."""
     text = os.fspath(path)
+    text = text if len(text) <= 300 else f"...{text[-297:]}"
     return text if text.isprintable() else ascii(text)
 
 
-def open_regular(path: str | os.PathLike[str], *, follow: bool = True) -> int:
+def open_regular(
+    path: str | os.PathLike[str], resolved: str | os.PathLike[str] | None = None
+) -> int:
     """Open a regular file for reading and return its descriptor.
 
     Opening never blocks (a FIFO is refused, not waited for).
 
     Args:
       path: File to open.
-      follow: Whether the last component may be a symbolic link.
+      resolved: Its real path, found before; opened without following another link.
 
     Returns:
       A file descriptor owned by the caller.
@@ -51,10 +54,10 @@ def open_regular(path: str | os.PathLike[str], *, follow: bool = True) -> int:
       FormatError: It is a directory, FIFO, socket or device.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)
-    if not follow:
+    if resolved is not None:
         flags |= getattr(os, "O_NOFOLLOW", 0)
     try:
-        fd = os.open(path, flags)
+        fd = os.open(path if resolved is None else resolved, flags)
     except FileNotFoundError:
         raise SpecError(f"{shown(path)}: no such file") from None
     except OSError as error:
@@ -73,13 +76,17 @@ def open_regular(path: str | os.PathLike[str], *, follow: bool = True) -> int:
     return fd
 
 
-def read_small(path: str | os.PathLike[str], limit: int, *, follow: bool = True):
+def read_small(
+    path: str | os.PathLike[str],
+    limit: int,
+    resolved: str | os.PathLike[str] | None = None,
+) -> bytes:
     """Return the bytes of a regular file of at most `limit` bytes.
 
     Args:
       path: File to read.
       limit: Largest accepted size in bytes.
-      follow: Whether the last component may be a symbolic link.
+      resolved: Its real path, found before; opened without following another link.
 
     Returns:
       The content.
@@ -88,7 +95,7 @@ def read_small(path: str | os.PathLike[str], limit: int, *, follow: bool = True)
       SpecError: The file cannot be opened.
       FormatError: It is not a regular file, or larger than `limit`.
     """
-    with os.fdopen(open_regular(path, follow=follow), "rb") as file:
+    with os.fdopen(open_regular(path, resolved), "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise FormatError(
@@ -111,10 +118,14 @@ class MappedFile:
       size: Its size in bytes at that moment; no range may pass it.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, follow: bool = True):
-        """Open `path`; see `open_regular` for what is refused."""
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        resolved: str | os.PathLike[str] | None = None,
+    ):
+        """Open `path`; see `open_regular`."""
         self.path = Path(path)
-        self._fd = open_regular(path, follow=follow)
+        self._fd = open_regular(path, resolved)
         self._map: mmap.mmap | None = None
         self.size = os.fstat(self._fd).st_size
 

@@ -24,7 +24,7 @@ def read_object(
     *,
     max_bytes: int = MAX_BYTES,
     max_depth: int = MAX_DEPTH,
-    follow: bool = True,
+    resolved: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Return the JSON object stored in a file.
 
@@ -32,7 +32,7 @@ def read_object(
       path: Regular file.
       max_bytes: Largest accepted file.
       max_depth: Deepest accepted nesting; the root object is depth 1.
-      follow: Whether the last component may be a symbolic link.
+      resolved: Its real path, found before; opened without following another link.
 
     Returns:
       The object as a dict.
@@ -41,7 +41,7 @@ def read_object(
       FormatError: Any of the refusals in the module's header.
       SpecError: The file cannot be opened.
     """
-    data = read_small(path, max_bytes, follow=follow)
+    data = read_small(path, max_bytes, resolved)
     return parse_object(data, shown(path), max_bytes=max_bytes, max_depth=max_depth)
 
 

@@ -52,23 +52,23 @@ class SafetensorsFile:
     def __init__(
         self,
         path: str | os.PathLike[str],
+        resolved: str | os.PathLike[str] | None = None,
         *,
         max_header: int = MAX_HEADER,
-        follow: bool = True,
     ):
         """Open and validate `path`.
 
         Args:
           path: Regular file.
+          resolved: Its real path, found before; opened without following another link.
           max_header: Largest accepted header in bytes.
-          follow: Whether the last component may be a symbolic link.
 
         Raises:
           FormatError: The file breaks the format; see the module's header.
           UnsupportedError: A tensor has a sub-byte or complex type.
           SpecError: The file cannot be opened.
         """
-        self.file = MappedFile(path, follow=follow)
+        self.file = MappedFile(path, resolved)
         try:
             self.metadata, self.tensors = read_layout(self.file, max_header)
         except BaseException:

@@ -205,6 +205,8 @@ def _entry(entry: Any, where: str) -> tuple[np.dtype, tuple[int, ...], int, int]
     if not isinstance(offsets, list) or len(offsets) != 2 or not _natural(offsets):
         raise FormatError(f"{where}: data_offsets must be two non-negative integers")
     dtype, (begin, end) = DTYPES[code], offsets
+    if math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 1 << 63:
+        raise FormatError(f"{where}: shape {shape} is too large; it needs 2^63 bytes")
     needed = math.prod(shape) * dtype.itemsize
     if end - begin != needed:
         raise FormatError(

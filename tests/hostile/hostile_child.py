@@ -1,0 +1,207 @@
+"""Opens every hostile input under confinement; run as a script by the fixture.
+
+Confinement: an address-space limit 1 GB above the start, an alarm, and an audit hook
+that refuses, while a case is open, every file outside the case's directory, every
+write, process, socket, import and execution of new code.
+"""
+
+import gc
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hostile_case import Case, Target
+from hostile_cases import CASES
+
+LIMIT_SECONDS = 10
+_FORBIDDEN = (
+    "subprocess.",
+    "socket.",
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.posix_spawn",
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "os.link",
+    "os.symlink",
+    "os.chmod",
+    "shutil.",
+    "ctypes.",
+    "pickle.",
+    "marshal.",
+    "code.__new__",
+    "exec",
+    "compile",
+    "import",
+)
+
+
+class Escape(BaseException):
+    """A case did what no reader of data may do."""
+
+
+class Guard:
+    """The audit hook: inert until `root` is set."""
+
+    def __init__(self) -> None:
+        self.root: str | None = None
+        self.allowed: tuple[str, ...] = ()
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
+        if self.root is None:
+            return
+        if event == "open":
+            path, mode, flags = args
+            writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+            inside = isinstance(path, int) or self._inside(os.fsdecode(path))
+            if not inside or (flags and flags & writes) or (mode and "w" in mode):
+                self.fail(event, args)
+        elif event.startswith(_FORBIDDEN):
+            self.fail(event, args)
+
+    def _inside(self, path: str) -> bool:
+        assert self.root is not None
+        return os.path.abspath(path).startswith(self.root) or path in self.allowed
+
+    def fail(self, event: str, args: object) -> None:
+        self.root = None
+        raise Escape(f"{event} {args!r}"[:300])
+
+
+def _open_safetensors(path: Target) -> None:
+    from qjax.io.safetensors import SafetensorsFile
+
+    with SafetensorsFile(path) as file:  # type: ignore[arg-type]
+        for name in file.names():
+            array = file.read(name)
+            assert array.shape == file.shape(name)
+            assert array.dtype == file.dtype(name)
+
+
+def _open_shrinking(path: Target) -> None:
+    from qjax.io.safetensors import SafetensorsFile
+
+    with SafetensorsFile(path) as file:  # type: ignore[arg-type]
+        GUARD.root, root = None, GUARD.root
+        os.truncate(path, 40)
+        GUARD.root = root
+        file.read("a")
+
+
+def _open_torch(path: Target) -> None:
+    from qjax.converters.torch_pickle import load_torch
+
+    for array in load_torch(path).values():  # type: ignore[arg-type]
+        array.sum(dtype=None) if array.dtype.kind in "fiu" else None
+
+
+def _open_checkpoint(path: Target) -> None:
+    from qjax.converters.huggingface import Checkpoint
+
+    with Checkpoint(path) as checkpoint:  # type: ignore[arg-type]
+        for name in checkpoint.names():
+            checkpoint.read(name)
+        checkpoint.source_digest()
+
+
+def _open_json(path: Target) -> None:
+    from qjax.io.json import read_object
+
+    read_object(path)  # type: ignore[arg-type]
+
+
+OPENERS: dict[str, Callable[[Target], None]] = {
+    "safetensors": _open_safetensors,
+    "shrinks": _open_shrinking,
+    "torch": _open_torch,
+    "checkpoint": _open_checkpoint,
+    "json": _open_json,
+}
+GUARD = Guard()
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _alarm(*_: object) -> None:
+    GUARD.root = None
+    raise Escape(f"still running after {LIMIT_SECONDS} seconds")
+
+
+def _attempt(case: Case, target: Target, root: Path) -> dict[str, Any]:
+    """Open one target; report the error, the time and the memory it took."""
+    from qjax.errors import QjaxError
+
+    gc.collect()
+    _reset_peak()
+    before = _resident("VmRSS")
+    error: BaseException | None = None
+    trace = ""
+    signal.alarm(LIMIT_SECONDS)
+    started = time.perf_counter()
+    GUARD.root = str(root)
+    try:
+        OPENERS[case.opener](target)
+    except BaseException as caught:
+        GUARD.root = None
+        error, trace = caught, traceback.format_exc(limit=-4)
+    GUARD.root = None
+    seconds = time.perf_counter() - started
+    signal.alarm(0)
+    return {
+        "target": ascii(target)[-80:],
+        "error": None if error is None else type(error).__name__,
+        "ours": isinstance(error, QjaxError),
+        "message": str(error) if error is not None else "",
+        "trace": "" if isinstance(error, QjaxError) else trace,
+        "seconds": seconds,
+        "memory": max(0, _resident("VmHWM") - before),
+        "escaped": (root / "pwned").exists(),
+    }
+
+
+def main(folder: Path, report: Path) -> None:
+    """Run the catalogue and write {case: [attempt, ...]} as JSON."""
+    warm = folder / "warm"
+    warm.mkdir()
+    for case in CASES:
+        if case.error is None:
+            (warm / case.name).mkdir()
+            target = case.build(warm / case.name)
+            for one in target if isinstance(target, list) else [target]:
+                OPENERS[case.opener](one)
+    ceiling = _resident("VmSize") + (1 << 30)
+    resource.setrlimit(resource.RLIMIT_AS, (ceiling, ceiling))
+    resource.setrlimit(resource.RLIMIT_CPU, (240, 240))
+    signal.signal(signal.SIGALRM, _alarm)
+    results = {}
+    for case in CASES:
+        root = folder / case.name
+        root.mkdir()
+        os.chdir(root)
+        target = case.build(root)
+        targets = target if isinstance(target, list) else [target]
+        results[case.name] = [_attempt(case, one, root) for one in targets]
+    report.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
