@@ -58,6 +58,7 @@ class Decoder(nnx.Module):
         _check(config, params)
         on_cpu = jax.default_backend() == "cpu"
         self.config = config
+        self.assets: Any = None  # set by qjax.load: what to copy when saving
         self.dtype = np.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
         self.embed = Embedding(_placed(params, "embed"), config)
         layers: list[dict[str, Any]] = [{} for _ in range(config.layers)]
@@ -200,19 +201,29 @@ class Decoder(nnx.Module):
                 one = jax.tree.map(lambda leaf, i=i: leaf[i], (state, numbers))
                 yield start + i, nnx.merge(graph, one[0]), one[1]
 
+    def parts(self) -> Iterator[tuple[int | None, dict[str, Any]]]:
+        """Yields parameters by path, unstacked: embeddings, each layer, norm and head.
+
+        The layer index is None for the first and the last part.
+        """
+        yield None, {f"embed.{path}": leaf for path, leaf in leaves_of(self.embed).items()}
+        for layer, block, _ in self.blocks():
+            start = f"layers.{layer}."
+            yield layer, {start + path: leaf for path, leaf in leaves_of(block).items()}
+        last = (("norm", self.norm), ("head", self.head))
+        yield (
+            None,
+            {
+                f"{name}.{path}": leaf
+                for name, module in last
+                if module is not None
+                for path, leaf in leaves_of(module).items()
+            },
+        )
+
     def params(self) -> dict[str, Any]:
         """Returns the parameters by path, unstacked; inverse of construction."""
-        parts: dict[str, Any] = {
-            f"embed.{path}": leaf for path, leaf in leaves_of(self.embed).items()
-        }
-        for layer, block, _ in self.blocks():
-            for path, leaf in leaves_of(block).items():
-                parts[f"layers.{layer}.{path}"] = leaf
-        for name, module in (("norm", self.norm), ("head", self.head)):
-            if module is not None:
-                for path, leaf in leaves_of(module).items():
-                    parts[f"{name}.{path}"] = leaf
-        return parts
+        return {path: leaf for _, part in self.parts() for path, leaf in part.items()}
 
     def _check_length(self, time: int, cache: KVCache | None) -> None:
         if cache is not None and time > cache.length:

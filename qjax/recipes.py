@@ -1,0 +1,241 @@
+"""Which tensor gets which format and method.
+
+A `Recipe` is an ordered list of rules; the first rule whose pattern matches a
+parameter's dotted path decides. Patterns are shell globs over the whole path (`*`
+matches anything, dots included), or regular expressions after `re:`. Recipes are plain
+data: they go into artifacts and come back as JSON.
+
+Presets are recipes with names. Their rules quantize every `kernel`, and keep embeddings
+and the head, which is what published results for these names do.
+"""
+
+import dataclasses
+import difflib
+import fnmatch
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qjax.errors import SpecError
+from qjax.formats import (
+    FP4,
+    FP8,
+    MXFP4,
+    MXFP8,
+    NF4,
+    NVFP4,
+    Cast,
+    Format,
+    Int,
+    format_from_dict,
+)
+from qjax.methods import HQQ, RTN, Method, method_from_dict
+
+_METHODS: dict[str, Method] = {"rtn": RTN(), "hqq": HQQ()}
+_NAMED = re.compile(r"(?:(\w+)-)?int([1-8])(?:-g(\d+))?(-asym|-sym)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One line of a recipe.
+
+    Attributes:
+      pattern: glob over the dotted path, or `re:` and a regular expression that must
+        match the whole path.
+      format: the number format, or None to keep the tensor as it is.
+      method: how codes are chosen.
+
+    Raises:
+      SpecError: the regular expression does not compile.
+    """
+
+    pattern: str
+    format: Format | None
+    method: Method = RTN()
+
+    def __post_init__(self) -> None:
+        if self.pattern.startswith("re:"):
+            try:
+                re.compile(self.pattern[3:])
+            except re.error as error:
+                raise SpecError(f"recipe pattern {self.pattern!r}: {error}") from None
+
+    def matches(self, path: str) -> bool:
+        """Whether the rule applies to a parameter path."""
+        if self.pattern.startswith("re:"):
+            return re.fullmatch(self.pattern[3:], path) is not None
+        return fnmatch.fnmatchcase(path, self.pattern)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        if self.format is None:
+            return {"pattern": self.pattern, "keep": True}
+        return {
+            "pattern": self.pattern,
+            "format": self.format.to_dict(),
+            "method": self.method.to_dict(),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Ordered rules; tensors that no rule matches, and vectors, are kept.
+
+    Attributes:
+      rules: first match decides.
+      name: what reports call the recipe.
+    """
+
+    rules: tuple[Rule, ...]
+    name: str = "custom"
+
+    def match(self, path: str, shape: Sequence[int]) -> Rule | None:
+        """The deciding rule of a tensor, or None when it is kept.
+
+        Args:
+          path: dotted parameter path, such as `layers.3.attn.q.kernel`.
+          shape: its shape; tensors of rank below 2 are always kept.
+        """
+        if len(shape) < 2:
+            return None
+        rule = next((r for r in self.rules if r.matches(path)), None)
+        return None if rule is None or rule.format is None else rule
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; `recipe_from_dict` is the inverse."""
+        return {"name": self.name, "rules": [rule.to_dict() for rule in self.rules]}
+
+
+def recipe_from_dict(spec: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Builds a recipe from `Recipe.to_dict()` output or a hand-written equivalent.
+
+    Args:
+      spec: `{"name": ..., "rules": [{"pattern", "format" | "keep", "method"?}, ...]}`.
+        A format or method may be a preset name (`"int4-g128"`, `"hqq"`).
+      where: what errors call the source.
+
+    Raises:
+      SpecError: a field is missing, unknown or of the wrong type.
+    """
+    rules = spec.get("rules")
+    if not isinstance(rules, list | tuple) or set(spec) - {"name", "rules"}:
+        raise SpecError(
+            f'{where}: expected {{"name": ..., "rules": [...]}}, got {sorted(spec)}'
+        )
+    parsed = tuple(_rule(rule, f"{where}, rule {i}") for i, rule in enumerate(rules))
+    return Recipe(parsed, str(spec.get("name", "custom")))
+
+
+def _rule(spec: Any, where: str) -> Rule:
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("pattern"), str):
+        raise SpecError(f"{where}: expected an object with a pattern, got {spec!r}")
+    if unknown := sorted(set(spec) - {"pattern", "format", "method", "keep"}):
+        raise SpecError(f"{where}: unknown fields {unknown}")
+    if spec.get("keep"):
+        return Rule(spec["pattern"], None)
+    if "format" not in spec:
+        raise SpecError(f'{where}: needs "format" or "keep": true')
+    fmt, method = spec["format"], spec.get("method")
+    if isinstance(fmt, str):
+        rule = preset(fmt).rules[-1]
+        fmt, default = rule.format, rule.method
+    else:
+        fmt, default = format_from_dict(fmt), RTN()
+    if isinstance(method, str):
+        if method not in _METHODS:
+            raise SpecError(f"{where}: unknown method {method!r}; {_known(_METHODS)}")
+        method = _METHODS[method]
+    elif method is not None:
+        method = method_from_dict(method)
+    return Rule(spec["pattern"], fmt, method or default)
+
+
+def _keep_ends(fmt: Format, method: Method, name: str) -> Recipe:
+    rules = (
+        Rule("*embed*", None),
+        Rule("re:(.*\\.)?(head|lm_head)(\\..*)?", None),
+        Rule("*kernel", fmt, method),
+    )
+    return Recipe(rules, name)
+
+
+def _int(bits: int, group: int | str, symmetric: bool = False) -> Int:
+    """The integer format of presets: 16-bit scales; 8-bit integer or real zeros."""
+    return Int(
+        bits, group, symmetric=symmetric, scale_dtype="float16", zero_dtype="float16"
+    )
+
+
+PRESETS: dict[str, tuple[Format, Method]] = {
+    "bfloat16": (Cast("bfloat16"), RTN()),
+    "float16": (Cast("float16"), RTN()),
+    "int8": (Int(8, "channel"), RTN()),
+    "int4-g128": (_int(4, 128), RTN("mse")),
+    "int4-g64": (_int(4, 64), RTN("mse")),
+    "int3-g64": (_int(3, 64), RTN("mse")),
+    "int2-g64": (_int(2, 64), RTN("mse")),
+    "nf4": (NF4(block=64, double=True), RTN()),
+    "fp4": (FP4(block=64, double=True), RTN()),
+    "fp8": (FP8("e4m3", "channel"), RTN()),
+    "mxfp4": (MXFP4(), RTN("mse")),
+    "mxfp8": (MXFP8(), RTN()),
+    "nvfp4": (NVFP4(), RTN("mse")),
+    "hqq-int4-g64": (_int(4, 64), HQQ()),
+    "hqq-int3-g64": (_int(3, 64), HQQ()),
+    "hqq-int2-g64": (_int(2, 64), HQQ()),
+}
+"""Named presets: format and method of every kernel."""
+
+
+def preset(name: str) -> Recipe:
+    """The recipe of a preset name, or of any `METHOD-intB-gG[-sym]` combination.
+
+    Args:
+      name: a key of `PRESETS`, or for example `hqq-int5-g32`, `rtn-int4`, `int6-g128`.
+
+    Raises:
+      SpecError: unknown name; the message lists near matches.
+
+    Example:
+      >>> preset("hqq-int3-g64").rules[-1].format.bits
+      3
+    """
+    if name in PRESETS:
+        return _keep_ends(*PRESETS[name], name)
+    found = _NAMED.fullmatch(name)
+    if found and (found[1] is None or found[1] in _METHODS):
+        group = int(found[3]) if found[3] else "channel"
+        fmt = _int(int(found[2]), group, symmetric=found[4] == "-sym")
+        method = _METHODS[found[1]] if found[1] else RTN("mse")
+        return _keep_ends(fmt, method, name)
+    near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise SpecError(
+        f"unknown recipe {name!r}: {hint}{_known(PRESETS)}, any METHOD-intB-gG with "
+        f"METHOD one of {', '.join(_METHODS)}, or the path of a JSON recipe"
+    )
+
+
+def load_recipe(recipe: "Recipe | Format | str | os.PathLike[str]") -> Recipe:
+    """A recipe from a recipe, a format, a preset name or the path of a JSON file.
+
+    Raises:
+      SpecError: unknown preset, or a file that is not a recipe.
+      FormatError: the file is not valid JSON.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Format):
+        return _keep_ends(recipe, RTN(), recipe.name)
+    text = os.fspath(recipe)
+    if text.endswith(".json") or Path(text).is_file():
+        from qjax.io.json import read_object
+
+        return recipe_from_dict(read_object(text), text)
+    return preset(text)
+
+
+def _known(names: Mapping[str, Any]) -> str:
+    return f"known: {', '.join(names)}"
