@@ -9,6 +9,8 @@ from qjax.errors import SpecError
 from qjax.sampling import make_sampling, penalize, sample, threshold
 
 BATCH, VOCAB = 4, 50
+least_kept = jax.jit(threshold)
+choose = jax.jit(sample)
 
 
 def kept_by_loops(logits, top_k=0, top_p=1.0, min_p=0.0):
@@ -36,7 +38,7 @@ def test_filters(rng, top_k, top_p, min_p):
     """The threshold keeps exactly the tokens the definitions keep."""
     logits = rng.normal(size=(BATCH, VOCAB)).astype(np.float32) * 2
     settings = make_sampling(BATCH, top_k=top_k, top_p=top_p, min_p=min_p)
-    kept = np.asarray(logits >= threshold(jnp.asarray(logits), settings))
+    kept = np.asarray(logits >= least_kept(jnp.asarray(logits), settings))
     for row in range(BATCH):
         expected = kept_by_loops(logits[row], top_k, top_p, min_p)
         assert set(np.flatnonzero(kept[row])) == expected
@@ -47,7 +49,7 @@ def test_rows_have_their_own_settings(rng):
     logits = rng.normal(size=(BATCH, VOCAB)).astype(np.float32)
     values = {"top_k": [0, 3, 0, 9], "top_p": [1, 1, 0.5, 0.8], "min_p": [0.2, 0, 0, 0]}
     kept = np.asarray(
-        logits >= threshold(jnp.asarray(logits), make_sampling(BATCH, **values))
+        logits >= least_kept(jnp.asarray(logits), make_sampling(BATCH, **values))
     )
     for row in range(BATCH):
         mine = {name: value[row] for name, value in values.items()}
@@ -73,7 +75,7 @@ def test_draws_follow_the_probabilities():
     keys = jax.random.split(jax.random.key(1), count)
     settings = make_sampling(count, temperature=temperature)
     rows = jnp.broadcast_to(logits, (count, 4))
-    drawn = np.asarray(sample(rows, jnp.zeros(rows.shape, bool), keys, settings))
+    drawn = np.asarray(choose(rows, jnp.zeros(rows.shape, bool), keys, settings))
     weights = np.exp(logits / temperature)
     expected = weights / weights.sum()
     got = np.bincount(drawn, minlength=4) / count
@@ -86,7 +88,7 @@ def test_greedy_and_drawn_rows_mix(rng):
     keys = jax.random.split(jax.random.key(0), BATCH)
     seen = jnp.zeros((BATCH, VOCAB), bool)
     mixed = make_sampling(BATCH, temperature=[0, 1, 0, 5], top_k=[3, 2, 0, 0])
-    got = np.asarray(sample(jnp.asarray(logits), seen, keys, mixed))
+    got = np.asarray(choose(jnp.asarray(logits), seen, keys, mixed))
     assert list(got[[0, 2]]) == list(logits.argmax(-1)[[0, 2]])
     assert got[1] in np.argsort(-logits[1])[:2]
 
