@@ -13,6 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qjax.models.config import ModelConfig
+from qjax.ops import matmul
+from qjax.tensor import QuantizedTensor
+from qjax.wrappers import Transposed
 
 Leaves = Mapping[str, Any]
 """Parameters of one part by path relative to it, such as `"q.kernel"`."""
@@ -30,32 +33,47 @@ def leaves_of(module: nnx.Module) -> dict[str, Any]:
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
 
 
+class QuantizedParam(nnx.Variable):
+    """A variable that holds a quantized tensor; not an `nnx.Param`."""
+
+
+def variable(leaf: Any) -> nnx.Variable:
+    """Returns the variable for a leaf: `nnx.Param` unless it is quantized."""
+    quantized = isinstance(leaf, QuantizedTensor)
+    return QuantizedParam(leaf) if quantized else nnx.Param(leaf)
+
+
 class Linear(nnx.Module):
     """y = x W (+ b), with W dense or quantized."""
 
     def __init__(self, leaves: Leaves):
-        self.kernel = nnx.Param(leaves["kernel"])
+        self.kernel = variable(leaves["kernel"])
         bias = leaves.get("bias")
         self.bias = None if bias is None else nnx.Param(bias)
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Multiplies; the result has the dtype of `x`."""
-        y = jnp.matmul(x, self.kernel[...].astype(x.dtype))
+        y = matmul(x, self.kernel.get_value())
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
     def wide(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Multiplies with a float32 result."""
-        y = jnp.matmul(
-            x, self.kernel[...].astype(x.dtype), preferred_element_type=jnp.float32
-        )
+        y = wide_matmul(x, self.kernel.get_value())
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
+
+
+def wide_matmul(x: Float[Array, "*batch in"], w: Any) -> Float[Array, "*batch out"]:
+    """Returns x W in float32, without rounding to the compute dtype where W is dense."""
+    if isinstance(w, QuantizedTensor):
+        return matmul(x, w).astype(jnp.float32)
+    return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 class Embedding(nnx.Module):
     """Token embedding, learned positions if the model has them, and the tied head."""
 
     def __init__(self, leaves: Leaves, config: ModelConfig):
-        self.embedding = nnx.Param(leaves["embedding"])
+        self.embedding = variable(leaves["embedding"])
         position = leaves.get("position")
         self.position = None if position is None else nnx.Param(position)
         self.offset, self.scale = config.position_offset, config.embed_scale
@@ -67,7 +85,7 @@ class Embedding(nnx.Module):
         dtype: Any,
     ) -> Float[Array, "batch time dim"]:
         """Returns scale * E[token] (+ P[position + offset])."""
-        x = self.embedding[...][tokens].astype(dtype)
+        x = self.embedding.get_value()[tokens].astype(dtype)
         if self.scale != 1.0:
             x = x * jnp.asarray(self.scale, dtype)
         if self.position is not None:
@@ -77,8 +95,11 @@ class Embedding(nnx.Module):
 
     def attend(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocab"]:
         """Returns float32 x E^T, the logits of a tied head."""
-        table = self.embedding[...].astype(x.dtype)
-        return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+        table = self.embedding.get_value()
+        if isinstance(table, QuantizedTensor):
+            turned = table.base if isinstance(table, Transposed) else Transposed(table)
+            return wide_matmul(x, turned)
+        return wide_matmul(x, table.T)
 
 
 class Norm(nnx.Module):
