@@ -6,7 +6,7 @@ looked up in a table of strings; nothing is imported, called or constructed on i
 behalf, so an unknown name is an error before it can have an effect. The result is a
 description of tensors (`TensorRef`); their bytes lie elsewhere.
 
-Bounded: 8 MB of pickle, two million operations, integers of 8 bytes, and keys that are
+Bounded: 8 MB of pickle, a million operations, integers of 8 bytes, and keys that are
 text or integers, so neither a memo, a hash nor a length can blow up.
 
 Reference: CPython `pickletools`; `torch/_utils.py` for the rebuild functions.
@@ -20,7 +20,7 @@ from typing import Any
 from qjax.errors import FormatError
 
 MAX_BYTES = 8 << 20
-MAX_OPERATIONS = 2_000_000
+MAX_OPERATIONS = 1_000_000
 
 STORAGE_DTYPES = {
     "DoubleStorage": "float64",
@@ -198,7 +198,9 @@ class _Interpreter:
 
     def _top(self, kind: type) -> Any:
         if not self._stack or not isinstance(self._stack[-1], kind):
-            raise self.fail(f"the pickle changes something that is not a {kind}")
+            raise self.fail(
+                f"the pickle changes something that is not a {kind.__name__}"
+            )
         return self._stack[-1]
 
     # Operations, one method each or a lambda in the table below.
