@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Shaped
 
 from qjax.errors import SpecError
 from qjax.formats.affine import Int
-from qjax.formats.base import Format
+from qjax.formats.base import Format, rounded
 from qjax.formats.codebook import Dynamic8, TableFormat, pytorch_mean
 from qjax.formats.grouping import Grouping
 from qjax.formats.minifloat import (
@@ -233,7 +233,7 @@ class CodebookTensor(LayoutTensor):
             values = jnp.take_along_axis(self.codebook, flat, -1).reshape(codes.shape)
         values = group.join(group.split(values) * group.load(self.scales()))
         if self.offset is not None:
-            values = values + self.offset
+            values = rounded(values) + self.offset
         return values.astype(dtype or self.dtype)
 
 
@@ -313,6 +313,8 @@ def store_scale(
         scaled = jnp.clip(scale * divisor, 2.0**-9, E4M3_MAX)
         stored = scaled.astype(jnp.float8_e4m3fn)
         return stored, stored.astype(jnp.float32) / divisor
+    if kind == "float32" and isinstance(fmt, TableFormat):
+        return scale, scale
     info = jnp.finfo(kind)
     # Tables keep the absolute maximum itself, 0 included, as bitsandbytes does.
     low = 0.0 if isinstance(fmt, TableFormat) else max(float(info.tiny), _TINY)
@@ -349,8 +351,8 @@ def quantize_scale(scale: Float[Array, "*lead s t"], *, signed: bool) -> Codeboo
     group = fmt.grouping(matrix)
     blocks = group.split(scale)
     absmax = jnp.max(jnp.abs(blocks), axis=-2, keepdims=True)
-    safe = jnp.where(absmax > 0, absmax, 1.0)
-    codes = fmt.encode(blocks / safe)
+    codes = fmt.encode(blocks * (1.0 / jnp.where(absmax > 0, absmax, 1.0)))
+    codes = jnp.where(absmax > 0, codes, jnp.uint8(0))
     if not signed:  # code 0 is the value 0: no scale may vanish
         codes = jnp.maximum(codes, jnp.uint8(1))
     stored = group.store(absmax)

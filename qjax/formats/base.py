@@ -126,6 +126,22 @@ def format_from_dict(spec: dict[str, Any]) -> Format:
         raise SpecError(f"format {json.dumps(spec)}: {error}") from None
 
 
+def rounded(product: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A product rounded to float32 before anything is added to it.
+
+    XLA's CPU backend contracts `a * b + c` to one fused operation with one rounding, so
+    results would depend on what is compiled together. The (vacuous) clip stands between.
+
+    Args:
+      product: a float32 product.
+
+    Returns:
+      The same finite values.
+    """
+    top = float(jnp.finfo(product.dtype).max)
+    return jnp.clip(product, -top, top)
+
+
 def check_choice(where: str, name: str, got: Any, allowed: tuple) -> None:
     """Raises SpecError unless `got` is one of `allowed`."""
     if got not in allowed:

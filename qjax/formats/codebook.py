@@ -19,6 +19,7 @@ import dataclasses
 import functools
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped, UInt8
@@ -26,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Shaped, UInt8
 from qjax.formats.base import FLOAT_SCALES, Format, check_choice
 from qjax.formats.grouping import Grouping
 
+_GRID = 2**16 - 1
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 _NF4_POSITIVE = (
@@ -93,13 +95,10 @@ class TableFormat(Format):
 
     def encode(self, u: Float[Array, "..."]) -> UInt8[Array, "..."]:
         """Nearest table entry; exactly on a midpoint the lower value wins."""
-        values, order, bounds = _sorted_table(self)
+        _, order, bounds = _sorted_table(self)
         rank = jnp.zeros(u.shape, jnp.uint8)
-        if len(values) > 32:
-            rank = jnp.searchsorted(bounds, u, side="left").astype(jnp.uint8)
-        else:
-            for bound in bounds:
-                rank = rank + (u > bound).astype(jnp.uint8)
+        for bound in bounds:
+            rank = rank + (u > bound).astype(jnp.uint8)
         if np.array_equal(order, np.arange(len(order))):
             return rank
         return _lookup(rank, order.astype(np.uint8))
@@ -144,7 +143,7 @@ class FP4(TableFormat):
     def table(self) -> np.ndarray:
         """The 16 FP4 values by bit pattern."""
         magnitude = np.array(_FP4_MAGNITUDE, np.float32) / np.float32(12.0)
-        return np.concatenate([magnitude, -magnitude])
+        return np.concatenate([magnitude, 0.0 - magnitude])  # code 8 is +0, not -0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +164,19 @@ class Dynamic8(TableFormat):
         """The 256 values, ascending."""
         return dynamic_map(self.signed)
 
+    def encode(self, u: Float[Array, "..."]) -> UInt8[Array, "..."]:
+        """Nearest of the 256 values; the signed map first rounds `u` to 16 bits.
+
+        That is bitsandbytes' CPU rule: a look-up in a grid of 2**16 cells over [-1, 1].
+        """
+        if not self.signed:
+            bounds = jnp.asarray(_sorted_table(self)[2])
+            return jnp.searchsorted(bounds, u, side="left").astype(jnp.uint8)
+        cell = (jnp.clip(u, -1.0, 1.0) + 1.0) * 0.5 * _GRID + 0.5
+        bounds = jnp.asarray(_grid_bounds())
+        rank = jnp.searchsorted(bounds, cell.astype(jnp.int32), side="right")
+        return rank.astype(jnp.uint8)
+
 
 @functools.cache
 def dynamic_map(signed: bool) -> np.ndarray:
@@ -178,15 +190,33 @@ def dynamic_map(signed: bool) -> np.ndarray:
 
     Reference: bitsandbytes `functional.create_dynamic_map(signed, 7, 8)`.
     """
-    values: list[float] = [0.0, 1.0]
+    values = [np.float32([0.0, 1.0])]
     for i in range(7):
         cells = 2**i if signed else 2 ** (i + 1)
-        edges = np.linspace(0.1, 1.0, cells + 1, dtype=np.float32)
+        edges = _linspace(cells)
         centres = (edges[:-1] + edges[1:]) / np.float32(2.0)
-        scaled = (10.0 ** (i - 6)) * centres.astype(np.float64)
-        values += [float(v) for v in scaled]
-        values += [-float(v) for v in scaled] if signed else []
-    return np.sort(np.array(values, np.float64)).astype(np.float32)
+        scaled = np.float32(10.0 ** (i - 6)) * centres
+        values += [scaled, -scaled] if signed else [scaled]
+    return np.sort(np.concatenate(values))
+
+
+def _linspace(cells: int) -> np.ndarray:
+    """`torch.linspace(0.1, 1, cells + 1)` in float32: from both ends, one rounding."""
+    start, end = np.float32(0.1), np.float32(1.0)
+    step = np.float64((end - start) / np.float32(cells))
+    i = np.arange(cells + 1)
+    upward, downward = start + step * i, end - step * (cells - i)
+    return np.where(i < (cells + 1) // 2, upward, downward).astype(np.float32)
+
+
+@functools.cache
+def _grid_bounds() -> np.ndarray:
+    """For each code but the last, the first of 2**16 grid cells that lies beyond it."""
+    table = dynamic_map(signed=True)
+    bounds = np.float32(0.5) * (table[:-1] + table[1:])
+    steps = np.float32(2.0) * np.arange(_GRID + 1, dtype=np.float32)
+    cells = np.float32(-1.0) + steps / np.float32(_GRID)
+    return np.searchsorted(cells, bounds, side="right").astype(np.int32)
 
 
 @functools.cache
@@ -225,7 +255,8 @@ def pytorch_mean(x: Float[Array, "*lead n"]) -> Float[Array, "*lead"]:
         total = total + x[..., i]
     for lane in range(lanes):
         total = total + first[..., lane]
-    return total / jnp.float32(n)
+    # Behind the barrier: XLA turns division by a constant into another rounding.
+    return total / jax.lax.optimization_barrier(jnp.float32(n))
 
 
 def _cascade(rows):

@@ -98,8 +98,12 @@ def quantize(
         if nonfinite == "raise" and not isinstance(w, jax.core.Tracer):
             _check_finite(w, name, transposed=axis == -1)
         q = _quantize(
-            w, fmt, method or RTN(), importance, key, "clip" if nonfinite == "raise"
-            else nonfinite
+            w,
+            fmt,
+            method or RTN(),
+            importance,
+            key,
+            "clip" if nonfinite == "raise" else nonfinite,
         )
     q = with_dtype(q, "float32" if dtype == jnp.float64 else dtype.name)
     return Transposed(q) if axis == -1 else q

@@ -29,6 +29,7 @@ from qjax.formats.codebook import TableFormat
 from qjax.methods.base import Method
 from qjax.tensor import QuantizedTensor, assemble, nvfp4_divisor, store_scale
 
+_CLAMP = 1e-38  # bitsandbytes' smallest absolute maximum of a partial block
 RULES = ("auto", "absmax", "minmax", "percentile", "mean-std", "mse")
 
 
@@ -208,9 +209,7 @@ class Problem(NamedTuple):
 
     def finish(self, scale, zero, key=None) -> QuantizedTensor:
         """Codes for fitted parameters, packed."""
-        stored, effective = store_scale(
-            self.fmt, self.group.store(scale), self.divisor
-        )
+        stored, effective = store_scale(self.fmt, self.group.store(scale), self.divisor)
         codes = self.group.join(self.codes(self.group.load(effective), zero, key))
         if zero is not None:
             assert isinstance(self.fmt, Int)  # only Int has zero-points
@@ -297,16 +296,19 @@ def _absmax_table(p: Problem, key) -> QuantizedTensor:
     """bitsandbytes' 4-bit rule, bit for bit: see `qjax.formats.codebook`."""
     group = p.group
     absmax = jnp.max(jnp.abs(p.w), axis=-2, keepdims=True)
-    u = p.w * (1.0 / jnp.maximum(absmax, 1e-38))
     size = group.matrix[0] * group.matrix[1]
-    if group.kind == "flat" and size % group.size:  # the partial block divides instead
-        last = jnp.maximum(absmax[..., -1:, :, :], 1e-38)
-        absmax = absmax.at[..., -1:, :, :].set(last)
-        u = u.at[..., -1:, :, :].set(p.w[..., -1:, :, :] / last)
-    stored = group.store(absmax)
-    kept, effective = store_scale(p.fmt, stored)
-    if p.fmt.scale_dtype != "float32":  # pyright: ignore[reportAttributeAccessIssue]
-        u = p.w / jnp.maximum(group.load(effective), 1e-38)
+    partial = group.kind == "flat" and size % group.size != 0
+    stat = absmax
+    if partial:  # bitsandbytes clamps the partial block's statistic
+        last = absmax[..., -1:, :, :]
+        stat = stat.at[..., -1:, :, :].set(jnp.where(last > 0, last, _CLAMP))
+    kept, effective = store_scale(p.fmt, group.store(stat))
+    exact = p.fmt.scale_dtype == "float32"  # pyright: ignore[reportAttributeAccessIssue]
+    scale = absmax if exact else group.load(effective)
+    scale = jnp.where(scale > 0, scale, 1.0)
+    u = p.w * (1.0 / scale) if exact else p.w / scale
+    if exact and partial:  # ... and divides by it instead of multiplying
+        u = u.at[..., -1:, :, :].set((p.w / scale)[..., -1:, :, :])
     codes = group.join(_encode(p.fmt, jnp.clip(u, -1.0, 1.0), key))
     return assemble(p.fmt, codes, kept, group.matrix)
 
