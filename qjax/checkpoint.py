@@ -250,7 +250,7 @@ class Artifact:
                 raise FormatError(f"{MANIFEST}: tensor {path!r} is in no listed file")
             grouped.setdefault(file, {})[path] = entry.get("spec")
         for file, specs in grouped.items():
-            with SafetensorsFile(self.files[file], follow=False) as part:
+            with SafetensorsFile(self.files[file]) as part:
                 read = self._reader(file, part)
                 yield file, {p: rebuild(p, s, read) for p, s in specs.items()}
 

@@ -275,6 +275,11 @@ class MinifloatTensor(LayoutTensor):
         return values.astype(dtype or self.dtype)
 
 
+def dequantize(q: QuantizedTensor, dtype: Any = None) -> Float[Array, "..."]:
+    """The dense weight of a quantized tensor; see `QuantizedTensor.dequantize`."""
+    return q.dequantize(dtype)
+
+
 def load_scale(scale: Any) -> Float[Array, "*lead s t"]:
     """Float32 value of a stored scale: nested, E8M0 (uint8), float8 or float."""
     if isinstance(scale, QuantizedTensor):

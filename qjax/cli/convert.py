@@ -1,0 +1,44 @@
+"""`qjax convert MODEL --to OUT --format qjax|safetensors`."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+import tyro
+
+from qjax.cli.output import Output
+from qjax.convert import convert
+from qjax.inspection import inspect
+from qjax.tensor import format_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Write a model in another container."""
+
+    model: tyro.conf.Positional[str]
+    """qjax artifact, Hugging Face directory or Hub id."""
+    to: Annotated[str, tyro.conf.arg(metavar="OUT")]
+    """Directory to write."""
+    format: Literal["qjax", "safetensors"] = "safetensors"
+    """qjax artifact, or dense safetensors that transformers loads."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    force: bool = False
+    """Replace an existing model directory."""
+    output: tyro.conf.OmitArgPrefixes[Output] = Output()
+
+    def run(self) -> None:
+        """Converts, then prints what was written."""
+        convert(
+            self.model,
+            self.to,
+            self.format,
+            revision=self.revision,
+            overwrite=self.force,
+        )
+        found = inspect(self.to)
+        self.output.console.print(
+            f"{self.to}: {self.format}, {found['parameters']:,} parameters, "
+            f"{format_bytes(found['size_bytes'])}"
+        )
+        self.output.results({"to": self.to, **found})

@@ -1,0 +1,75 @@
+"""`qjax evaluate MODEL --text FILE`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from qjax.checkpoint import load
+from qjax.cli.output import Output
+from qjax.errors import SpecError
+from qjax.evaluate import evaluate, write_report
+from qjax.io.files import read_small
+
+_MAX_TEXT = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Measure perplexity, and the distance from a baseline model."""
+
+    model: tyro.conf.Positional[str]
+    """qjax artifact, Hugging Face directory or Hub id."""
+    text: Annotated[str, tyro.conf.arg(metavar="FILE")]
+    """Plain text file, UTF-8."""
+    protocol: Literal["gptq", "stride", "llama.cpp"] = "gptq"
+    """How the text is cut into windows and which tokens count."""
+    context: int = 512
+    """Window length in tokens."""
+    stride: int | None = None
+    """For protocol stride: step between windows; half the context by default."""
+    windows: int | None = None
+    """Read only this many windows."""
+    baseline: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """Original model: adds its perplexity, KL divergence and top-1 agreement."""
+    report: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Write report.json, tables and plots into a directory."""
+    dtype: str | None = None
+    """Compute dtype; float32 on CPU and bfloat16 elsewhere by default."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    output: tyro.conf.OmitArgPrefixes[Output] = Output()
+
+    def run(self) -> None:
+        """Evaluates, then prints one line per figure."""
+        data = read_small(Path(self.text), _MAX_TEXT)
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise SpecError(f"{self.text}: is not UTF-8 text: {error}") from None
+        model, tokenizer = load(self.model, revision=self.revision, dtype=self.dtype)
+        baseline = None
+        if self.baseline is not None:
+            baseline, _ = load(self.baseline, dtype=self.dtype)
+        with self.output.progress("evaluating") as update:
+            result = evaluate(
+                model,
+                tokenizer,
+                text,
+                protocol=self.protocol,
+                context=self.context,
+                stride=self.stride,
+                windows=self.windows,
+                baseline=baseline,
+                progress=update,
+            )
+        console = self.output.console
+        for key, value in result.items():
+            if isinstance(value, int | float | str):
+                shown = f"{value:.6g}" if isinstance(value, float) else value
+                console.print(f"{key:24} {shown}")
+        if self.report is not None:
+            write_report(self.report, {self.model: result}, model=self.model)
+            console.print(f"report: {self.report}")
+        self.output.results(result)

@@ -1,0 +1,93 @@
+"""Writing a model in another container: the qjax artifact or dense safetensors.
+
+Works part by part, so memory is one layer. Packed weights are only ever expanded when a
+dense format is asked for; going to the artifact keeps dense weights exactly as they are.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from qjax.checkpoint import Artifact, dense_parts, is_artifact
+from qjax.converters.huggingface import (
+    TOKENIZER_FILES,
+    open_checkpoint,
+    write_checkpoint,
+)
+from qjax.errors import SpecError
+from qjax.quantize import quantize_checkpoint
+from qjax.recipes import Recipe
+from qjax.tensor import QuantizedTensor
+
+FORMATS = ("qjax", "safetensors")
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    fmt: str,
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes `source` as `fmt`.
+
+    Args:
+      source: qjax artifact, Hugging Face directory or Hub id.
+      target: directory to write; missing or empty, or with `overwrite` a model.
+      fmt: `qjax` (a dense checkpoint becomes an artifact, bit for bit) or `safetensors`
+        (a dense Hugging Face directory that transformers loads; quantized weights are
+        dequantized to the dtype of the original).
+      revision: of a Hub id.
+      overwrite: replace an existing model directory.
+
+    Raises:
+      SpecError: unknown format, or the source is in that format already.
+      FormatError, IntegrityError, UnsupportedError: the source cannot be read.
+    """
+    if fmt not in FORMATS:
+        raise SpecError(f"format {fmt!r}: expected one of {', '.join(FORMATS)}")
+    if fmt == "qjax":
+        quantize_checkpoint(
+            source, target, Recipe((), "dense"), revision=revision, overwrite=overwrite
+        )
+    elif is_artifact(source):
+        artifact = Artifact(source)
+        copied = {n: p for n, p in artifact.files.items() if n in TOKENIZER_FILES}
+        parts = (part for _, part in artifact.parts())
+        tensors = _hf_tensors(artifact.config, parts)
+        write_checkpoint(
+            target, artifact.config, tensors, copied, overwrite=overwrite
+        )
+    else:
+        with open_checkpoint(source, revision) as checkpoint:
+            parts = (part for _, part in dense_parts(checkpoint))
+            tensors = _hf_tensors(checkpoint.config, parts)
+            write_checkpoint(
+                target,
+                checkpoint.config,
+                tensors,
+                checkpoint.tokenizer_files,
+                overwrite=overwrite,
+            )
+
+
+def _hf_tensors(
+    config: dict[str, Any], parts: Iterator[dict[str, Any]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and dense array of every Hugging Face tensor, one part in memory."""
+    from qjax.models import ModelConfig, plan
+
+    entries = plan(ModelConfig.from_hf(config))
+    for part in parts:
+        dense = {
+            path: np.asarray(leaf.dequantize())
+            if isinstance(leaf, QuantizedTensor)
+            else np.asarray(leaf)
+            for path, leaf in part.items()
+        }
+        for entry in entries:
+            if all(path in dense for path in entry.paths):
+                yield entry.name, entry.write(dense)

@@ -1,0 +1,61 @@
+"""What a model directory holds, without loading its weights."""
+
+import collections
+import os
+from typing import Any
+
+import numpy as np
+
+from qjax.checkpoint import Artifact, dense_parts, is_artifact, tensor_report
+from qjax.converters.huggingface import open_checkpoint
+
+
+def inspect(
+    source: str | os.PathLike[str], *, revision: str | None = None
+) -> dict[str, Any]:
+    """Describes a qjax artifact, a Hugging Face directory or a Hub id.
+
+    Reads headers only; digests are checked when the model is loaded.
+
+    Args:
+      source: the model.
+      revision: of a Hub id.
+
+    Returns:
+      `format, architecture, parameters, bits_per_weight, size_bytes, recipe, formats,
+      tensors`, each tensor with `name, shape, format, bits_per_weight, nbytes`, sizes in
+      bytes; `formats` counts tensors by format.
+
+    Raises:
+      SpecError: no such model.
+      FormatError, IntegrityError, UnsupportedError: it cannot be read.
+    """
+    recipe = None
+    tensors: list[dict[str, Any]] = []
+    if is_artifact(source):
+        artifact = Artifact(source, verify=False)
+        kind, config = "qjax", artifact.config
+        recipe = (artifact.manifest.get("recipe") or {}).get("name")
+        for _, part in artifact.parts():
+            tensors += [_entry(path, leaf) for path, leaf in part.items()]
+    else:
+        with open_checkpoint(source, revision) as checkpoint:
+            kind, config = "huggingface", checkpoint.config
+            for _, part in dense_parts(checkpoint):
+                tensors += [_entry(path, leaf) for path, leaf in part.items()]
+    size = sum(t["nbytes"] for t in tensors)
+    parameters = sum(int(np.prod(t["shape"], dtype=np.int64)) for t in tensors)
+    return {
+        "format": kind,
+        "architecture": config.get("model_type"),
+        "parameters": parameters,
+        "bits_per_weight": 8 * size / max(parameters, 1),
+        "size_bytes": size,
+        "recipe": recipe,
+        "formats": dict(collections.Counter(t["format"] for t in tensors)),
+        "tensors": tensors,
+    }
+
+
+def _entry(path: str, leaf: Any) -> dict[str, Any]:
+    return {"name": path, **tensor_report(path, leaf)}
