@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from qjax.models.cache import LayerCache, Positions
 from qjax.models.config import ModelConfig
-from qjax.models.layers import Leaves, Linear, Norm, below
+from qjax.models.layers import Leaves, Norm, below, linear
 from qjax.models.rope import apply_rope
 
 MAX_SCORES = 2**21
@@ -122,10 +122,10 @@ class Attention(nnx.Module):
 
     def __init__(self, leaves: Leaves, config: ModelConfig):
         self.config = config
-        self.q = Linear(below(leaves, "q"))
-        self.k = Linear(below(leaves, "k"))
-        self.v = Linear(below(leaves, "v"))
-        self.o = Linear(below(leaves, "o"))
+        self.q = linear(below(leaves, "q"))
+        self.k = linear(below(leaves, "k"))
+        self.v = linear(below(leaves, "v"))
+        self.o = linear(below(leaves, "o"))
         norms = config.qk_norm
         self.q_norm = Norm(below(leaves, "q_norm"), config, "rms") if norms else None
         self.k_norm = Norm(below(leaves, "k_norm"), config, "rms") if norms else None

@@ -24,7 +24,7 @@ from qjax.models.attention import LayerNumbers, layer_numbers
 from qjax.models.block import Block, run_blocks, stack, structure
 from qjax.models.cache import KVCache, Positions
 from qjax.models.config import ModelConfig
-from qjax.models.layers import Embedding, Linear, Norm, below, leaves_of
+from qjax.models.layers import Embedding, Norm, below, leaves_of, linear, wide_matmul
 from qjax.models.rope import rope_angles
 from qjax.models.weights import HEAD, param_shapes
 
@@ -60,7 +60,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.assets: Any = None  # set by qjax.load: what to copy when saving
         self.dtype = np.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
-        self.embed = Embedding(_placed(params, "embed"), config)
+        self.embed = Embedding(_placed(params, "embed"), config, self.dtype)
         layers: list[dict[str, Any]] = [{} for _ in range(config.layers)]
         for path, leaf in params.items():
             if found := _LAYER.fullmatch(path):
@@ -82,7 +82,7 @@ class Decoder(nnx.Module):
             for start, stop in self.runs
         )
         self.norm = Norm(_placed(params, "norm"), config) if config.final_norm else None
-        self.head = Linear(_placed(params, "head")) if HEAD in params else None
+        self.head = linear(_placed(params, "head")) if HEAD in params else None
 
     def __call__(
         self,
@@ -121,7 +121,7 @@ class Decoder(nnx.Module):
         Prefill uses it to compute logits of the last token only.
         """
         where = self.positions(tokens, cache, positions)
-        x = self.embed(tokens, where.queries, self.dtype)
+        x = self.embed(tokens, where.queries)
         keys, values = [], []
         for run, (blocks, (start, stop)) in enumerate(
             zip(self.layers, self.runs, strict=True)
@@ -139,7 +139,8 @@ class Decoder(nnx.Module):
 
     def logits(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocab"]:
         """Returns float32 logits of hidden states."""
-        y = self.embed.attend(x) if self.head is None else self.head.wide(x)
+        head = self.head
+        y = self.embed.attend(x) if head is None else wide_matmul(x, head.weight())
         cap = self.config.logit_softcap
         return y if cap is None else jnp.tanh(y / cap) * cap
 
@@ -206,20 +207,16 @@ class Decoder(nnx.Module):
 
         The layer index is None for the first and the last part.
         """
-        yield None, {f"embed.{path}": leaf for path, leaf in leaves_of(self.embed).items()}
+        tables = self.embed.leaves()
+        yield None, {f"embed.{path}": leaf for path, leaf in tables.items()}
         for layer, block, _ in self.blocks():
             start = f"layers.{layer}."
             yield layer, {start + path: leaf for path, leaf in leaves_of(block).items()}
-        last = (("norm", self.norm), ("head", self.head))
-        yield (
-            None,
-            {
-                f"{name}.{path}": leaf
-                for name, module in last
-                if module is not None
-                for path, leaf in leaves_of(module).items()
-            },
-        )
+        last: dict[str, Any] = {}
+        for name, module in (("norm", self.norm), ("head", self.head)):
+            found = {} if module is None else leaves_of(module)
+            last |= {f"{name}.{path}": leaf for path, leaf in found.items()}
+        yield None, last
 
     def params(self) -> dict[str, Any]:
         """Returns the parameters by path, unstacked; inverse of construction."""

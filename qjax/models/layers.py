@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from qjax import ops
 from qjax.models.config import ModelConfig
-from qjax.ops import matmul
+from qjax.nn import QEmbed, QLinear
 from qjax.tensor import QuantizedTensor
 from qjax.wrappers import Transposed
 
@@ -33,73 +34,54 @@ def leaves_of(module: nnx.Module) -> dict[str, Any]:
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
 
 
-class QuantizedParam(nnx.Variable):
-    """A variable that holds a quantized tensor; not an `nnx.Param`."""
-
-
-def variable(leaf: Any) -> nnx.Variable:
-    """Returns the variable for a leaf: `nnx.Param` unless it is quantized."""
-    quantized = isinstance(leaf, QuantizedTensor)
-    return QuantizedParam(leaf) if quantized else nnx.Param(leaf)
-
-
-class Linear(nnx.Module):
-    """y = x W (+ b), with W dense or quantized."""
-
-    def __init__(self, leaves: Leaves):
-        self.kernel = variable(leaves["kernel"])
-        bias = leaves.get("bias")
-        self.bias = None if bias is None else nnx.Param(bias)
-
-    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """Multiplies; the result has the dtype of `x`."""
-        y = matmul(x, self.kernel.get_value())
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
-
-    def wide(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """Multiplies with a float32 result."""
-        y = wide_matmul(x, self.kernel.get_value())
-        return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
+def linear(leaves: Leaves) -> QLinear:
+    """Returns y = x W (+ b) over a dense or quantized kernel."""
+    return QLinear(leaves["kernel"], leaves.get("bias"))
 
 
 def wide_matmul(x: Float[Array, "*batch in"], w: Any) -> Float[Array, "*batch out"]:
-    """Returns x W in float32, without rounding to the compute dtype where W is dense."""
+    """Returns x W in float32; a dense W keeps the accumulator's full precision."""
     if isinstance(w, QuantizedTensor):
-        return matmul(x, w).astype(jnp.float32)
+        return ops.matmul(x, w).astype(jnp.float32)
     return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 class Embedding(nnx.Module):
     """Token embedding, learned positions if the model has them, and the tied head."""
 
-    def __init__(self, leaves: Leaves, config: ModelConfig):
-        self.embedding = variable(leaves["embedding"])
-        position = leaves.get("position")
-        self.position = None if position is None else nnx.Param(position)
+    def __init__(self, leaves: Leaves, config: ModelConfig, dtype: Any):
+        self.tokens = QEmbed(leaves["embedding"], dtype=dtype)
+        learned = "position" in leaves
+        self.places = QEmbed(leaves["position"], dtype=dtype) if learned else None
         self.offset, self.scale = config.position_offset, config.embed_scale
 
     def __call__(
-        self,
-        tokens: Int[Array, "batch time"],
-        positions: Int[Array, "batch time"],
-        dtype: Any,
+        self, tokens: Int[Array, "batch time"], positions: Int[Array, "batch time"]
     ) -> Float[Array, "batch time dim"]:
         """Returns scale * E[token] (+ P[position + offset])."""
-        x = self.embedding.get_value()[tokens].astype(dtype)
+        x = self.tokens(tokens)
         if self.scale != 1.0:
-            x = x * jnp.asarray(self.scale, dtype)
-        if self.position is not None:
-            rows = jnp.maximum(positions, 0) + self.offset
-            x = x + jnp.take(self.position[...], rows, axis=0).astype(dtype)
+            x = x * jnp.asarray(self.scale, x.dtype)
+        if self.places is not None:
+            x = x + self.places(jnp.maximum(positions, 0) + self.offset)
         return x
 
     def attend(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocab"]:
         """Returns float32 x E^T, the logits of a tied head."""
-        table = self.embedding.get_value()
+        table = self.tokens.weight()
         if isinstance(table, QuantizedTensor):
             turned = table.base if isinstance(table, Transposed) else Transposed(table)
             return wide_matmul(x, turned)
         return wide_matmul(x, table.T)
+
+    def leaves(self) -> dict[str, Any]:
+        """Returns the tables by the names they are built from."""
+        tables = {"embedding": self.tokens, "position": self.places}
+        return {
+            name: table.variable.get_value()
+            for name, table in tables.items()
+            if table is not None
+        }
 
 
 class Norm(nnx.Module):
@@ -156,9 +138,9 @@ class MLP(nnx.Module):
     """Gated, `down(act(gate x) * up x)`, or plain, `down(act(up x))`."""
 
     def __init__(self, leaves: Leaves, config: ModelConfig):
-        self.gate = Linear(below(leaves, "gate")) if config.gated else None
-        self.up = Linear(below(leaves, "up"))
-        self.down = Linear(below(leaves, "down"))
+        self.gate = linear(below(leaves, "gate")) if config.gated else None
+        self.up = linear(below(leaves, "up"))
+        self.down = linear(below(leaves, "down"))
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:

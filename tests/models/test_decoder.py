@@ -70,7 +70,7 @@ def test_padded_rows_equal_rows_alone(name, side, golden, model_of):
 def test_scan_equals_blocks_one_by_one(name, golden, model_of):
     model, tokens = model_of(name), jnp.asarray(golden.make_tokens())
     where = model.positions(tokens)
-    x = model.embed(tokens, where.queries, model.dtype)
+    x = model.embed(tokens, where.queries)
     for _, block, numbers in model.blocks():
         x, _ = block(x, where, numbers)
     x = x if model.norm is None else model.norm(x)
