@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Shaped
 
 from qjax.errors import SpecError
 from qjax.formats.affine import Int
-from qjax.formats.base import Format, rounded
+from qjax.formats.base import Format, divided, rounded
 from qjax.formats.codebook import Dynamic8, TableFormat, pytorch_mean
 from qjax.formats.grouping import Grouping
 from qjax.formats.minifloat import (
@@ -264,7 +264,9 @@ class MinifloatTensor(LayoutTensor):
         if self.scale is None:
             return jnp.ones((*self.codes.shape[:-2], 1, 1), jnp.float32)
         scale = load_scale(self.scale)
-        return scale if self.global_scale is None else scale / self.global_scale
+        if self.global_scale is None:
+            return scale
+        return divided(scale, self.global_scale)
 
     def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
         """See `QuantizedTensor.dequantize`."""
@@ -317,7 +319,7 @@ def store_scale(
     if kind == "e4m3":
         scaled = jnp.clip(scale * divisor, 2.0**-9, E4M3_MAX)
         stored = scaled.astype(jnp.float8_e4m3fn)
-        return stored, stored.astype(jnp.float32) / divisor
+        return stored, divided(stored.astype(jnp.float32), divisor)
     if kind == "float32" and isinstance(fmt, TableFormat):
         return scale, scale
     info = jnp.finfo(kind)

@@ -1,9 +1,9 @@
 """Uniform integer formats: 1 to 8 bits, symmetric or with a zero-point.
 
-`w = (code - zero) * scale` with unsigned codes `0 .. 2**bits - 1`. Symmetric formats have
-the implicit zero `2**(bits - 1)` (0.5 for one bit, whose two levels are then symmetric),
-so their signed range is the whole two's complement range; 8-bit symmetric codes are
-stored signed. Rounding is to nearest, ties to even, of `w / scale` (symmetric) or of
+`w = (code - zero) * scale` with unsigned codes `0 .. 2**bits - 1`. Symmetric formats
+have the implicit zero `2**(bits - 1)` (0.5 for one bit, whose two levels are then
+symmetric), so their signed range is the whole two's complement range; 8-bit symmetric
+codes are stored signed. Rounding is to nearest, ties to even, of `w / scale` (symmetric) or of
 `w / scale + zero` (asymmetric), as in compressed-tensors.
 """
 
@@ -29,7 +29,7 @@ class Int(Format):
       group: weights per scale along `axis`, or `"channel"` (one scale per output
         column) or `"tensor"`. A size that does not divide leaves a short last group.
       symmetric: no stored zero-point.
-      axis: `"in"` (default, the contraction axis) or `"out"`: the axis groups run along.
+      axis: `"in"` (default, the contraction axis) or `"out"`: what groups run along.
       scale_dtype: `float32`, `bfloat16`, `float16`, or `uint8` (double quantization:
         scales become 8-bit codes of bitsandbytes' unsigned dynamic map in blocks of
         256).
@@ -95,7 +95,7 @@ class Int(Format):
 
     @property
     def peak(self) -> float:
-        """Half the number of steps: absmax / peak leaves no weight beyond half a step."""
+        """Half the number of steps: no weight lies beyond half a step."""
         return self.levels / 2
 
     def grouping(self, matrix: tuple[int, int]) -> Grouping:

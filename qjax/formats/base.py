@@ -1,8 +1,8 @@
 """The contract every number format keeps.
 
-A format says what stored codes mean; it never chooses scales. Its core is a pair of pure
-functions on arrays: `encode(u)`, the nearest code of real numbers `u` measured in units
-of the scale, and `decode(codes)`, its inverse. Which weights share a scale is the
+A format says what stored codes mean; it never chooses scales. Its core is a pair of
+pure functions on arrays: `encode(u)`, the nearest code of real numbers `u` measured in
+units of the scale, and `decode(codes)`, its inverse. Which weights share a scale is the
 format's `grouping`; which scale they get is a method's choice (`qjax.methods`).
 """
 
@@ -129,8 +129,8 @@ def format_from_dict(spec: dict[str, Any]) -> Format:
 def rounded(product: Float[Array, "..."]) -> Float[Array, "..."]:
     """A product rounded to float32 before anything is added to it.
 
-    XLA's CPU backend contracts `a * b + c` to one fused operation with one rounding, so
-    results would depend on what is compiled together. The (vacuous) clip stands between.
+    XLA's CPU backend contracts `a * b + c` to one operation with one rounding, so that
+    results depend on what is compiled together. The (vacuous) clip stands between.
 
     Args:
       product: a float32 product.
@@ -140,6 +140,22 @@ def rounded(product: Float[Array, "..."]) -> Float[Array, "..."]:
     """
     top = float(jnp.finfo(product.dtype).max)
     return jnp.clip(product, -top, top)
+
+
+def divided(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The quotient `x / y`, correctly rounded.
+
+    XLA rewrites division by a broadcast value to multiplication by its reciprocal,
+    which rounds twice. A divisor that depends on `x` is not a broadcast.
+
+    Args:
+      x: finite dividend.
+      y: divisor, broadcastable to `x`.
+
+    Returns:
+      `x / y`.
+    """
+    return x / jnp.where(x == x, y, 1.0)
 
 
 def check_choice(where: str, name: str, got: Any, allowed: tuple) -> None:

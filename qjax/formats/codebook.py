@@ -1,8 +1,8 @@
 """Table formats: a code is an index into a small table, scaled per block.
 
 `NF4` and `FP4` are bitsandbytes' 4-bit data types and agree with its CPU implementation
-bit for bit: blocks run over the row-major transpose `[out, in]` of a kernel; a weight is
-multiplied by the float32 reciprocal of its block's absolute maximum (a partial last
+bit for bit: blocks run over the row-major transpose `[out, in]` of a kernel; a weight
+is multiplied by the float32 reciprocal of its block's absolute maximum (a partial last
 block divides instead), and takes the nearest table value, going up only when strictly
 above the midpoint. When `in` is a multiple of the block the codes keep the shape of the
 matrix; otherwise the matrix is stored flat, because blocks then cross columns.
@@ -180,7 +180,7 @@ class Dynamic8(TableFormat):
 
 @functools.cache
 def dynamic_map(signed: bool) -> np.ndarray:
-    """The dynamic 8-bit map: for i = 0..6, cell centres of [0.1, 1] scaled by 10**(i-6).
+    """The dynamic 8-bit map: for i = 0..6, cell centres of [0.1, 1] times 10**(i-6).
 
     Args:
       signed: halve the cells and mirror them.

@@ -11,8 +11,8 @@ Differences from the reference package, all towards lower error: the beta schedu
 the best iterate is kept per group (by mean absolute error, as stored) instead of the
 last one for the whole tensor, and scales can be fitted too.
 
-Reference: Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning Models,
-2023; hqq 0.2.8 `core/optimize.py`.
+Reference: Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning
+Models, 2023; hqq 0.2.8 `core/optimize.py`.
 """
 
 import dataclasses

@@ -11,8 +11,8 @@ The rule sets the range `[low, high]` of a group that the codes cover:
 Errors are always evaluated with the scale as stored, after its own rounding. Memory: a
 few float32 copies of the weight; the grid is a loop, not a broadcast.
 
-Reference: Frantar et al., GPTQ, arXiv 2210.17323, section 2 (RTN baseline); Choukroun et
-al., Low-bit Quantization of Neural Networks, arXiv 1902.06822 (MSE range search).
+Reference: Frantar et al., GPTQ, arXiv 2210.17323, section 2 (RTN baseline); Choukroun
+et al., Low-bit Quantization of Neural Networks, arXiv 1902.06822 (MSE range search).
 """
 
 import dataclasses
@@ -24,10 +24,16 @@ from jaxtyping import Array, Float
 
 from qjax.errors import SpecError
 from qjax.formats import Cast, Format, Grouping, Int
-from qjax.formats.base import check_choice
+from qjax.formats.base import check_choice, divided
 from qjax.formats.codebook import TableFormat
 from qjax.methods.base import Method
-from qjax.tensor import QuantizedTensor, assemble, nvfp4_divisor, store_scale
+from qjax.tensor import (
+    QuantizedTensor,
+    assemble,
+    load_scale,
+    nvfp4_divisor,
+    store_scale,
+)
 
 _CLAMP = 1e-38  # bitsandbytes' smallest absolute maximum of a partial block
 RULES = ("auto", "absmax", "minmax", "percentile", "mean-std", "mse")
@@ -192,8 +198,14 @@ class Problem(NamedTuple):
 
     def codes(self, scale, zero, key=None):
         """Nearest (or stochastically rounded) codes for a scale and zero-point."""
-        u = self.w / scale
-        return _encode(self.fmt, u if zero is None else u + zero, key)
+        u = divided(self.w, scale)
+        if zero is None:
+            return _encode(self.fmt, u, key)
+        assert isinstance(self.fmt, Int)  # only Int has zero-points
+        half = float(2 ** (self.fmt.bits - 1))
+        u = u + (zero - half)  # in the signed domain, as compressed-tensors rounds
+        u = u if key is not None else jnp.round(u)
+        return _encode(self.fmt, u + half, key)
 
     def levels(self, scale, zero):
         """Decoded codes relative to the zero-point: the weight in units of scale."""
@@ -222,6 +234,35 @@ class Problem(NamedTuple):
             zero=zero,
             global_scale=self.divisor,
         )
+
+
+def round_to_scales(
+    w: Float[Array, "*lead in out"],
+    fmt: Format,
+    scale: Any,
+    zero: Any = None,
+    global_scale: Any = None,
+) -> QuantizedTensor:
+    """Nearest codes of a weight for scales that are already known.
+
+    Args:
+      w: float32 weight.
+      fmt: a format with scales.
+      scale: the scale leaf as stored: shape `Grouping.scale_shape`, the format's dtype.
+      zero: the zero-point leaf of an asymmetric `Int`, in unsigned code units.
+      global_scale: NVFP4's divisor, `[*lead, 1, 1]`.
+
+    Returns:
+      The tensor that holds exactly these scales.
+    """
+    p = Problem.build(w, fmt)
+    matrix = p.group.matrix
+    effective = load_scale(scale)
+    if global_scale is not None:
+        effective = divided(effective, global_scale)
+    offset = None if zero is None else p.group.load(zero.astype(jnp.float32))
+    codes = p.group.join(p.codes(p.group.load(effective), offset))
+    return assemble(fmt, codes, scale, matrix, zero=zero, global_scale=global_scale)
 
 
 def _grid_search(p: Problem, low, high, shrink: float, grid: int):
@@ -293,7 +334,7 @@ def refine(p: Problem, scale, zero, steps: int = 4):
 
 
 def _absmax_table(p: Problem, key) -> QuantizedTensor:
-    """bitsandbytes' 4-bit rule, bit for bit: see `qjax.formats.codebook`."""
+    """The 4-bit rule of bitsandbytes, bit for bit: see `qjax.formats.codebook`."""
     group = p.group
     absmax = jnp.max(jnp.abs(p.w), axis=-2, keepdims=True)
     size = group.matrix[0] * group.matrix[1]
@@ -306,9 +347,9 @@ def _absmax_table(p: Problem, key) -> QuantizedTensor:
     exact = p.fmt.scale_dtype == "float32"  # pyright: ignore[reportAttributeAccessIssue]
     scale = absmax if exact else group.load(effective)
     scale = jnp.where(scale > 0, scale, 1.0)
-    u = p.w * (1.0 / scale) if exact else p.w / scale
+    u = p.w * (1.0 / scale) if exact else divided(p.w, scale)
     if exact and partial:  # ... and divides by it instead of multiplying
-        u = u.at[..., -1:, :, :].set((p.w / scale)[..., -1:, :, :])
+        u = u.at[..., -1:, :, :].set(divided(p.w, scale)[..., -1:, :, :])
     codes = group.join(_encode(p.fmt, jnp.clip(u, -1.0, 1.0), key))
     return assemble(p.fmt, codes, kept, group.matrix)
 
