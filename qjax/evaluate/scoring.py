@@ -143,7 +143,8 @@ def _check(model: Scorer, windows: Windows, baseline: Scorer | None) -> None:
     if baseline is not None and baseline.vocab_size != model.vocab_size:
         raise SpecError(
             f"perplexity: the model has {model.vocab_size} tokens in its vocabulary "
-            f"and the baseline {baseline.vocab_size}; compare models that share a tokenizer"
+            f"and the baseline {baseline.vocab_size}; compare models that share a "
+            "tokenizer"
         )
     largest = int(windows.tokens.max())
     if largest >= model.vocab_size:
@@ -157,10 +158,11 @@ def _score_batch(
     model: Scorer, baseline: Scorer | None, tokens: np.ndarray, mask: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Return the scores of one batch's scored tokens."""
-    rows = max(1, LOGITS_BYTES // (4 * model.vocab_size))
+    rows = _rows(model)
     hidden = _hidden(model.hidden, model.params, tokens)
     if baseline is None:
-        out = {"nll": _nll(model.logits, model.params, hidden, tokens, rows)}
+        out = _judge(model.logits, model.params, hidden, tokens, rows)
+        out = {"nll": out["nll"]}
     else:
         other = _hidden(baseline.hidden, baseline.params, tokens)
         out = _compare(
@@ -180,20 +182,41 @@ def _score_batch(
     return result
 
 
+def _rows(model: Scorer) -> int:
+    """Return how many tokens' logits are formed at once."""
+    return max(1, LOGITS_BYTES // (4 * model.vocab_size))
+
+
+def judge_rows(model: Scorer, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the model says about every token but the first of each row.
+
+    Args:
+        model: The model.
+        tokens: `[batch, length + 1]`; right padding changes nothing before it.
+
+    Returns:
+        Log-probabilities `[batch, length]`, and whether each token is the most
+        probable one.
+    """
+    hidden = _hidden(model.hidden, model.params, tokens)
+    out = _judge(model.logits, model.params, hidden, tokens, _rows(model))
+    return -np.asarray(out["nll"]), np.asarray(out["greedy"])
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _hidden(function: Callable[..., Any], params: Any, tokens: Any) -> Any:
-    """Return what precedes the head, for every token but the last of a window."""
-    return function(params, tokens)[:, :-1]
+    """Return what precedes the head, for every token but the last of a row."""
+    return function(params, tokens[:, :-1])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _nll(head: Any, params: Any, hidden: Any, tokens: Any, rows: int) -> Any:
-    """Return `-log p(next token)` of every position."""
+def _judge(head: Any, params: Any, hidden: Any, tokens: Any, rows: int) -> Any:
+    """Return `-log p(next token)`, and whether it is the first choice, everywhere."""
 
     def score(block: Any) -> Any:
         h, target = block
         logp = jax.nn.log_softmax(head(params, h).astype(jnp.float32))
-        return -_pick(logp, target)
+        return {"nll": -_pick(logp, target), "greedy": logp.argmax(-1) == target}
 
     return _in_blocks(score, (hidden, tokens[:, 1:]), rows)
 

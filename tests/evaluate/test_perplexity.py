@@ -183,7 +183,7 @@ def test_a_large_vocabulary_never_has_all_its_logits():
     """Compiled for 256k tokens, scratch memory stays near the block of logits."""
     vocab, length = 256_000, 512
     head = jax.ShapeDtypeStruct((DIM, vocab), jnp.float32)
-    compiled = scoring._nll.lower(
+    compiled = scoring._judge.lower(
         logits,
         {"head": head},
         jax.ShapeDtypeStruct((1, length - 1, DIM), jnp.float32),
