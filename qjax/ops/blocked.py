@@ -2,8 +2,8 @@
 
 `contract` computes `x W` or `x W^T`. Blocks run along the axis of the result, so each
 one is decoded, multiplied and written once, and nothing but the result grows with the
-batch; layouts that cannot be cut along that axis are cut along the other and
-accumulated in float32. Peak temporary memory is a few blocks of `BLOCK` weights.
+batch. Blocks that are still large, or cannot be cut that way, are cut along the other
+axis and accumulated in float32. Peak temporary memory is a few blocks of `BLOCK` weights.
 
 On CPU blocks are float32; elsewhere they have the dtype of `x`, products accumulate in
 float32, and fewer than 8 rows are padded to 8, because the matrix units of TPUs and
@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from qjax.ops.blocks import Axis, cut_step, decode, take, windows
+from qjax.ops.blocks import Axis, cut_step, decode, take, windows, zeros_like_sum
 from qjax.tensor import LayoutTensor
 
 BLOCK = 1 << 19
@@ -63,8 +63,8 @@ def _write(x, q, transpose, dtype, result_dtype):
     size, count, rest = _division(q, axis)
 
     def part(start, size):
-        block = decode(take(q, axis, start, size)).astype(dtype)
-        return _dot(x, block, transpose).astype(result_dtype)
+        y = _accumulate(x, take(q, axis, start, size), transpose, dtype)
+        return y.astype(result_dtype)
 
     if count <= 1 and not rest:
         return part(0, size)
@@ -72,7 +72,7 @@ def _write(x, q, transpose, dtype, result_dtype):
     def step(i, y):
         return lax.dynamic_update_slice_in_dim(y, part(i * size, size), i * size, 1)
 
-    y = jnp.zeros((x.shape[0], count * size + rest), result_dtype)
+    y = zeros_like_sum((x.shape[0], count * size + rest), result_dtype, x, q.codes)
     y = lax.fori_loop(0, count, step, y)
     if rest:
         tail = part(count * size, rest)
@@ -83,7 +83,8 @@ def _write(x, q, transpose, dtype, result_dtype):
 def _accumulate(x, q, transpose, dtype):
     """Blocks along the contracted axis, summed in float32."""
     axis: Axis = "out" if transpose else "in"
-    if cut_step(q, axis) is None:
+    small = q.matrix[0] * q.matrix[1] < 2 * BLOCK
+    if small or cut_step(q, axis) is None:
         return _dot(x, decode(q).astype(dtype), transpose)
     size, count, rest = _division(q, axis)
 
@@ -91,7 +92,8 @@ def _accumulate(x, q, transpose, dtype):
         block = decode(take(q, axis, start, size)).astype(dtype)
         return _dot(lax.dynamic_slice_in_dim(x, start, size, 1), block, transpose)
 
-    y = jnp.zeros((x.shape[0], q.matrix[0 if transpose else 1]), jnp.float32)
+    shape = (x.shape[0], q.matrix[0 if transpose else 1])
+    y = zeros_like_sum(shape, jnp.float32, x, q.codes)
     y = lax.fori_loop(0, count, lambda i, y: y + part(i * size, size), y)
     return y + part(count * size, rest) if rest else y
 
@@ -108,9 +110,10 @@ def _division(q: LayoutTensor, axis: Axis) -> tuple[int, int, int]:
     assert step is not None  # callers choose an axis that can be cut
     unit = math.lcm(step, LANES) if math.lcm(step, LANES) <= max(length, 1) else step
     size = max(BLOCK // max(other, 1) // unit, 1) * unit
-    if size >= length:
-        return length, 1, 0
-    return size, length // size, length % size
+    count, rest = divmod(length, size)
+    if rest < step and rest:  # a format may refuse a matrix smaller than its group
+        count, rest = count - 1, rest + size
+    return (size, count, rest) if count > 0 and size < length else (length, 1, 0)
 
 
 def leaf_gradients(
@@ -152,7 +155,7 @@ def leaf_gradients(
         }
 
     size, count, rest = _division(q, "out")
-    total = {name: jnp.zeros(v.shape, jnp.float32) for name, v in floats.items()}
+    total = {k: zeros_like_sum(v.shape, jnp.float32, a, v) for k, v in floats.items()}
     total = lax.fori_loop(0, count, lambda i, t: add(t, i * size, size), total)
     if rest:
         total = add(total, count * size, rest)

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
@@ -27,6 +28,7 @@ from qjax.tensor import (
 Axis = Literal["in", "out"]
 Window = tuple[int, Any, int]
 """Where a block lies in a leaf: `(axis, start, size)`."""
+FLOAT8 = (jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
 def materialize_scale(q: LayoutTensor) -> LayoutTensor:
@@ -34,6 +36,31 @@ def materialize_scale(q: LayoutTensor) -> LayoutTensor:
     if isinstance(q.scale, QuantizedTensor):
         return dataclasses.replace(q, scale=load_scale(q.scale))
     return q
+
+
+def same_variance(tree: Any) -> Any:
+    """Makes all leaves vary over the same manual mesh axes, inside `shard_map`.
+
+    Loop carries must have the type of what is added to them, and a gradient that of its
+    input; outside `shard_map` this does nothing.
+    """
+
+    def axes(leaf):
+        return jax.typeof(leaf).manual_axis_type.varying
+
+    names = frozenset().union(*map(axes, jax.tree.leaves(tree)))
+
+    def vary(leaf):
+        missing = tuple(names - axes(leaf))
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(vary, tree)
+
+
+def zeros_like_sum(shape: tuple[int, ...], dtype: Any, *terms: Array) -> Array:
+    """Zeros to which results computed from `terms` can be added in a loop."""
+    zeros = jnp.zeros(shape, dtype)
+    return same_variance((zeros, *terms))[0]
 
 
 def cut_step(q: LayoutTensor, axis: Axis) -> int | None:
@@ -95,7 +122,7 @@ def _present(q: LayoutTensor, codes: Window, stats: Window) -> dict[str, Window]
 def take(q: LayoutTensor, axis: Axis, start: Any, size: int) -> LayoutTensor:
     """The block `[start, start + size)` along `axis`; see `windows`."""
     cut = {
-        name: lax.dynamic_slice_in_dim(getattr(q, name), at, length, where)
+        name: cut_leaf(getattr(q, name), at, length, where)
         for name, (where, at, length) in windows(q, axis, start, size).items()
     }
     rows, cols = q.matrix
@@ -103,15 +130,22 @@ def take(q: LayoutTensor, axis: Axis, start: Any, size: int) -> LayoutTensor:
     return dataclasses.replace(q, matrix=matrix, **cut)
 
 
+def cut_leaf(leaf: Shaped[Array, "..."], start: Any, size: int, axis: int) -> Array:
+    """`lax.dynamic_slice_in_dim`, on the bits of small floats.
+
+    XLA's CPU compiler widens the operand of a slice of 8- or 16-bit floats, all of it.
+    """
+    if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.dtype.itemsize < 4:
+        leaf, start = lax.optimization_barrier((leaf, start))
+        bits = lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
+        part = lax.dynamic_slice_in_dim(bits, start, size, axis)
+        return lax.bitcast_convert_type(part, leaf.dtype)
+    return lax.dynamic_slice_in_dim(leaf, start, size, axis)
+
+
 def decode(q: LayoutTensor) -> Float[Array, "in out"]:
     """`q.dequantize(float32)` with 16-entry tables read by selection, not gathers."""
-    codes = q.unpacked()
-    if isinstance(q, CodebookTensor):
-        values = lookup(codes, q.table())
-    elif q.format.code_bits == 4 and isinstance(q, MinifloatTensor):
-        values = lookup(codes, q.format.decode(jnp.arange(16, dtype=jnp.uint8)))
-    else:
-        values = q.format.decode(codes)
+    values = code_values(q, q.unpacked())
     if q.scale is None:
         return values
     group = q.grouping
@@ -121,6 +155,45 @@ def decode(q: LayoutTensor) -> Float[Array, "in out"]:
     values = group.join(values * group.load(q.scales()))
     offset = getattr(q, "offset", None)
     return values if offset is None else values + offset
+
+
+def code_values(
+    q: LayoutTensor, codes: Shaped[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """Real numbers of unpacked codes of `q`, before zero-point and scale."""
+    if isinstance(q, CodebookTensor):
+        return lookup(codes, q.table())
+    if isinstance(q, MinifloatTensor) and q.format.code_bits == 4:
+        return lookup(codes, q.format.decode(jnp.arange(16, dtype=jnp.uint8)))
+    if codes.dtype in FLOAT8:
+        return float8_values(codes)
+    return q.format.decode(codes)
+
+
+def float8_values(codes: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Float8 codes as float32, exactly, by integer arithmetic on their bits.
+
+    XLA's CPU compiler converts through float16, several times slower.
+    """
+    mantissa, bias = (2, 15) if codes.dtype == jnp.float8_e5m2 else (3, 7)
+    bits = lax.bitcast_convert_type(codes, jnp.uint8).astype(jnp.int32)
+    size = bits & 0x7F
+    exponent = (127 - bias) << 23
+    normal = lax.bitcast_convert_type((size << (23 - mantissa)) + exponent, jnp.float32)
+    tiny = size.astype(jnp.float32) * 2.0 ** (1 - bias - mantissa)
+    value = jnp.where(size < (1 << mantissa), tiny, normal)
+    if codes.dtype == jnp.float8_e5m2:
+        value = jnp.where(size == 0x7C, jnp.inf, jnp.where(size > 0x7C, jnp.nan, value))
+    else:
+        value = jnp.where(size == 0x7F, jnp.nan, value)
+    return jnp.where(bits > 0x7F, -value, value)
+
+
+def scale_values(leaf: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`load_scale` of an array, float8 decoded by `float8_values`."""
+    if leaf.dtype in FLOAT8:
+        return float8_values(leaf)
+    return load_scale(leaf)
 
 
 def lookup(

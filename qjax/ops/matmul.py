@@ -17,6 +17,7 @@ run along the sharded axis as well and XLA then moves blocks between devices; in
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ from jaxtyping import Array, Float
 
 from qjax.errors import SpecError, UnsupportedError
 from qjax.ops import blocked, rows
-from qjax.ops.blocks import materialize_scale
+from qjax.ops.blocks import materialize_scale, same_variance
 from qjax.tensor import LayoutTensor, QuantizedTensor
 from qjax.wrappers import (
     InputScaled,
@@ -118,11 +119,11 @@ def matmul(
     """
     x = jnp.asarray(x)
     _check(x.shape, x.dtype, w, backend)
-    rows_ = x.reshape(-1, x.shape[-1]) if x.size else x.reshape(0, x.shape[-1])
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if isinstance(w, QuantizedTensor) and backend == "reference":
-        y = _dense(rows_, w.dequantize(jnp.float32), False)
+        y = _dense(flat, w.dequantize(jnp.float32), False)
     else:
-        y = _apply(rows_, w, False, backend)
+        y = _apply(flat, w, False, backend)
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
@@ -148,9 +149,7 @@ def explain(x_shape: tuple[int, ...], w: Any) -> str:
     via = f" inside {', '.join(wrapped)}" if wrapped else ""
     if not isinstance(w, QuantizedTensor):
         return f"dense: one matrix product with a {w.dtype} array{via}"
-    m = 1
-    for size in x_shape[:-1]:
-        m *= size
+    m = math.prod(x_shape[:-1])
     platform = jax.default_backend()
     name, refused = _choose(platform, m, w, transpose)  # pyright: ignore[reportArgumentType]
     because = "".join(f"; not {other}: {why}" for other, why in refused)
@@ -183,6 +182,7 @@ def _apply(x, w, transpose, backend):
         q = materialize_scale(w)
         if x.shape[0] == 0 or not q.size:
             return jnp.zeros((x.shape[0], q.matrix[0 if transpose else 1]), x.dtype)
+        x, q = same_variance((x, q))
         return _product(x, q, transpose, backend)
     if isinstance(w, Transposed):
         return _apply(x, w.base, not transpose, backend)
@@ -244,9 +244,10 @@ def _add_outliers(y, x, values, source, target):
     count = values.shape[0]
     size = max(min(OUTLIER_BLOCK // max(x.shape[0], 1), count), 1)
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, static_argnums=2)
     def add(y, start, size):
-        v, i, j = (lax.dynamic_slice_in_dim(a, start, size) for a in (values, source, target))
+        leaves = (values, source, target)
+        v, i, j = (lax.dynamic_slice_in_dim(leaf, start, size) for leaf in leaves)
         part = x[:, i].astype(jnp.float32) * v.astype(jnp.float32)
         return y.at[:, j].add(part)
 

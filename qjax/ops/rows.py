@@ -9,7 +9,8 @@ zero-point enters through sums of `x` over groups:
 
     y[n] = sum_g scale[g, n] * (sum_k x[k] code[k, n] - zero[g, n] sum_k x[k])
 
-Every row of `x` decodes again, so this is for one to `MAX_ROWS` rows. It needs groups
+Every row of `x` decodes again, so this is for one to `MAX_ROWS` rows (`MAX_TABLE_ROWS`
+where decoding is a table lookup). It needs groups
 along `in` (or one scale per column or tensor) that divide `in` and hold whole packing
 units; `obstacle` says what is missing.
 """
@@ -20,11 +21,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from qjax.ops.blocks import lookup
+from qjax.ops.blocks import code_values, cut_leaf, scale_values, zeros_like_sum
 from qjax.packing import row_multiple, unpack_rows
-from qjax.tensor import AffineTensor, CodebookTensor, LayoutTensor, load_scale
+from qjax.tensor import AffineTensor, CodebookTensor, LayoutTensor
 
 MAX_ROWS = 4
+MAX_TABLE_ROWS = 2
 STEP = 16
 """Rows of weights added per loop step: more spill registers, fewer cost loop turns."""
 PARTIALS = 8
@@ -36,8 +38,10 @@ def obstacle(rows: int, q: LayoutTensor, transpose: bool) -> str | None:
     """Why `matvec` cannot compute this product, or None when it can."""
     if transpose:
         return "the product is with the transpose"
-    if not 1 <= rows <= MAX_ROWS:
-        return f"it is for 1 to {MAX_ROWS} rows of x, not {rows}"
+    table = not isinstance(q, AffineTensor) and q.format.code_bits < 8
+    most = MAX_TABLE_ROWS if table else MAX_ROWS
+    if not 1 <= rows <= most:
+        return f"it is for 1 to {most} rows of x, not {rows}"
     kind, group = q.grouping.kind, _group(q)
     if kind not in ("in", "channel", "tensor"):
         return f"scales are grouped by {kind!r}, not along `in`"
@@ -62,7 +66,7 @@ def matvec(x: Float[Array, "m in"], q: LayoutTensor) -> Float[Array, "m out"]:
     Returns:
       Product in the dtype of `x`.
     """
-    m, rows = x.shape
+    (m, rows), dtype = x.shape, x.dtype
     cols, group = q.matrix[1], _group(q)
     per_step = _step(q)
     assert per_step is not None  # `obstacle` was asked
@@ -90,12 +94,12 @@ def matvec(x: Float[Array, "m in"], q: LayoutTensor) -> Float[Array, "m out"]:
                 here = lax.dynamic_index_in_dim(sums, i, 0, keepdims=False)
                 zeros = _row(zero, i // group_steps).astype(jnp.float32)
                 term = term - here * zeros
-            term = term * load_scale(_row(scale, i // group_steps))
+            term = term * scale_values(_row(scale, i // group_steps))
         return y + term
 
-    y = jnp.zeros((parts, m, cols), jnp.float32)
+    y = zeros_like_sum((parts, m, cols), jnp.float32, x, q.codes)
     y = jnp.sum(lax.fori_loop(0, steps, step, y), 0)
-    return _finish(x, q, y, grouped).astype(x.dtype)
+    return _finish(x, q, y, grouped).astype(dtype)
 
 
 def _finish(x, q, y, grouped):
@@ -106,7 +110,7 @@ def _finish(x, q, y, grouped):
         if zero is not None:
             y = y - total * zero.astype(jnp.float32)
         if q.scale is not None:
-            y = y * load_scale(q.scale)
+            y = y * scale_values(q.scale)
     if getattr(q, "global_scale", None) is not None:
         y = y / q.global_scale
     if getattr(q, "offset", None) is not None:
@@ -115,20 +119,15 @@ def _finish(x, q, y, grouped):
 
 
 def _values(q, packed):
-    """Float32 rows of one step, before scale and zero-point."""
+    """Float32 rows of one step, before scale and stored zero-point."""
     bits = q.format.code_bits
-    if bits >= 8:
+    if bits < 8:
+        turns = row_multiple(bits) * bits // 8
+        units = [packed[i : i + turns] for i in range(0, len(packed), turns)]
+        packed = [row for unit in units for row in unpack_rows(unit, bits)]
+    if isinstance(q, AffineTensor):  # the implied zero-point comes later, on sums
         return [row.astype(jnp.float32) for row in packed]
-    unit = row_multiple(bits) * bits // 8
-    units = [packed[i : i + unit] for i in range(0, len(packed), unit)]
-    codes = [row for unit in units for row in unpack_rows(unit, bits)]
-    if isinstance(q, AffineTensor):
-        return [row.astype(jnp.float32) for row in codes]
-    if isinstance(q, CodebookTensor):
-        table = q.table()
-    else:
-        table = q.format.decode(jnp.arange(2**bits, dtype=jnp.uint8))
-    return [lookup(row, table) for row in codes]
+    return [code_values(q, row) for row in packed]
 
 
 def _zero(q):
@@ -149,7 +148,7 @@ def _by_part(leaf, parts, grouped):
 
 
 def _row(stacked, i):
-    return lax.dynamic_slice_in_dim(stacked, i, 1, 1)
+    return cut_leaf(stacked, i, 1, 1)
 
 
 def _group(q):
