@@ -4,16 +4,8 @@ from qjax.models.block import Block
 from qjax.models.cache import KVCache, LayerCache, Positions, positions_from_mask
 from qjax.models.config import ModelConfig
 from qjax.models.decoder import Decoder
-from qjax.models.weights import (
-    Entry,
-    Match,
-    from_hf,
-    match,
-    param_shapes,
-    plan,
-    read_parts,
-    to_hf,
-)
+from qjax.models.matching import Match, from_hf, match, read_parts, to_hf
+from qjax.models.weights import Entry, param_shapes, plan
 
 __all__ = [
     "Block",

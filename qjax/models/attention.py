@@ -1,7 +1,7 @@
 """Causal attention with grouped heads, sliding windows, soft-caps and a cache.
 
 Plain JAX: float32 scores and softmax, no materialised repetition of key heads. Long
-calls are split over queries so that scores never exceed `MAX_SCORES` per head and row;
+calls are split over queries so that no more than `MAX_SCORES` scores exist at a time;
 each part sees all keys, so the result is the same.
 """
 
@@ -18,7 +18,7 @@ from qjax.models.config import ModelConfig
 from qjax.models.layers import Leaves, Norm, below, linear
 from qjax.models.rope import apply_rope
 
-MAX_SCORES = 2**21
+MAX_SCORES = 2**26
 MASKED = -1e30  # finite: a row that sees nothing averages instead of giving NaN
 
 
@@ -98,7 +98,8 @@ def attend(
 def _attend_in_parts(q, k, v, queries, keys, **options):
     """Does what `attend` does, a bounded number of queries at a time."""
     time, length = q.shape[1], k.shape[2]
-    part = max(1, MAX_SCORES // length)
+    heads = q.shape[0] * q.shape[2] * q.shape[3]
+    part = max(1, MAX_SCORES // (heads * length))
     if time <= part:
         return attend(q, k, v, queries, keys, **options)
     count = -(-time // part)

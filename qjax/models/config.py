@@ -7,16 +7,12 @@ has no branch on a family's name.
 """
 
 import dataclasses
-import difflib
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from qjax.errors import SpecError, UnsupportedError
 from qjax.models.reader import ConfigReader
 from qjax.models.rope import Rope
-
-_log = logging.getLogger(__name__)
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -155,18 +151,9 @@ class ModelConfig:
             SpecError: A key is missing, has the wrong type or is out of range.
             UnsupportedError: The architecture or one of its options is not supported.
         """
-        from qjax.models.families import FAMILIES
+        from qjax.models.families import read_config  # which needs this class
 
-        reader = ConfigReader(data)
-        for key in ("auto_map", "trust_remote_code"):
-            if reader.data.get(key):
-                _log.warning(
-                    "config.json: %r names code to run; qjax ignores it and uses its "
-                    "own implementation",
-                    key,
-                )
-        family = _family(reader)
-        return FAMILIES[family].read(reader)
+        return read_config(ConfigReader(data))
 
     @property
     def q_dim(self) -> int:
@@ -177,41 +164,3 @@ class ModelConfig:
     def kv_dim(self) -> int:
         """Width of all key (or value) heads."""
         return self.kv_heads * self.head_dim
-
-
-def _family(reader: ConfigReader) -> str:
-    """Returns the family of a configuration, or says what is supported."""
-    from qjax.models.families import FAMILIES
-
-    names = reader.data.get("architectures") or []
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise reader.bad("architectures", names, "a list of class names")
-    kind = reader.text("model_type", default=None)
-    by_class = {f.architecture.lower(): n for n, f in FAMILIES.items()}
-    known = [by_class[n.lower()] for n in names if n.lower() in by_class]
-    if names and not known:
-        raise _unsupported("architecture", names[0], [*_classes()])
-    if kind is None and not known:
-        raise SpecError(
-            "config.json: neither 'model_type' nor 'architectures' is present; "
-            "expected at least one of them"
-        )
-    if kind is not None and kind not in FAMILIES:
-        raise _unsupported("model_type", kind, [*FAMILIES])
-    return kind if kind is not None else known[0]
-
-
-def _classes() -> list[str]:
-    from qjax.models.families import FAMILIES
-
-    return [family.architecture for family in FAMILIES.values()]
-
-
-def _unsupported(what: str, name: str, supported: list[str]) -> UnsupportedError:
-    lower = {s.lower(): s for s in supported}
-    near = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.6)
-    hint = f" Nearest: {', '.join(lower[n] for n in near)}." if near else ""
-    return UnsupportedError(
-        f"config.json: {what} {name!r} is not supported.{hint} "
-        f"Supported: {', '.join(supported)}"
-    )

@@ -1,23 +1,30 @@
 """How each supported architecture's `config.json` maps to a `ModelConfig`.
 
 One small reader per family, with the defaults that transformers gives to absent keys.
-Options that would change the computation and are not built raise `UnsupportedError`.
+Options that would change the computation and are not built raise `UnsupportedError`,
+and so do architectures that are not listed; code that a file names is never run.
 """
 
 import dataclasses
+import difflib
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
 
 from qjax.errors import SpecError, UnsupportedError
-from qjax.models.config import ACTIVATIONS, ModelConfig
-from qjax.models.reader import REQUIRED, ConfigReader
+from qjax.models.config import ModelConfig
+from qjax.models.reader import ConfigReader
 from qjax.models.rope import Rope, read_rope
+from qjax.models.shared import (
+    MAX_DIM,
+    read_activation,
+    read_single_rope,
+    read_sizes,
+    read_windows,
+)
 
-MAX_DIM = 2**20
-MAX_LAYERS = 2**13
-MAX_HEADS = 2**14
-MAX_VOCAB = 2**24
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,107 +35,16 @@ class Family:
     read: Callable[[ConfigReader], ModelConfig]
 
 
-def _sizes(
-    r: ConfigReader,
-    *,
-    mlp: tuple[str, ...] = ("intermediate_size",),
-    kv_heads: int | None = None,
-    head_dim: int | None = None,
-    context: Any = REQUIRED,
-) -> dict[str, Any]:
-    """Reads what every family has: widths, counts, context, special tokens."""
-    dim = r.integer("hidden_size", "n_embd", high=MAX_DIM)
-    heads = r.integer("num_attention_heads", "n_head", high=MAX_HEADS)
-    if "head_dim" not in r.data and head_dim is None and dim % heads:
-        raise SpecError(
-            f"config.json: key 'hidden_size' is {dim}, not a multiple of "
-            f"'num_attention_heads' ({heads}); expected a multiple, or 'head_dim'"
-        )
-    own = head_dim or dim // heads or 1
-    shared = kv_heads or heads
-    return {
-        "vocab_size": r.integer("vocab_size", high=MAX_VOCAB),
-        "dim": dim,
-        "layers": r.integer("num_hidden_layers", "n_layer", high=MAX_LAYERS),
-        "heads": heads,
-        "kv_heads": r.integer(
-            "num_key_value_heads", high=MAX_HEADS, default=shared, null=heads
-        ),
-        "head_dim": r.integer("head_dim", high=MAX_DIM, default=own, null=own),
-        "mlp_dim": r.integer(*mlp, high=2**24),
-        "max_context": r.integer(
-            "max_position_embeddings", "n_positions", default=context
-        ),
-        "bos_id": next(iter(_token_ids(r.data.get("bos_token_id"))), None),
-        "eos_ids": _token_ids(r.data.get("eos_token_id")),
-    }
-
-
-def _token_ids(value: Any) -> tuple[int, ...]:
-    """Returns the usable ids of a token entry: an id, a list of ids, null or -1."""
-    several = value if isinstance(value, list) else [value]
-    return tuple(v for v in several if isinstance(v, int) and v >= 0)
-
-
-def _activation(r: ConfigReader, *keys: str, default: str) -> str:
-    name = r.text(*keys, default=default, null=default)
-    if name not in ACTIVATIONS:
-        raise UnsupportedError(
-            f"{r.where}: activation {name!r} is not supported; supported: "
-            + ", ".join(sorted(ACTIVATIONS))
-        )
-    return ACTIVATIONS[name]
-
-
-def _rope(r: ConfigReader, sizes: dict[str, Any], part: float | None = None) -> Rope:
-    """Reads the one rotary table of a family; `part` is the default rotating share."""
-    table = r.table("rope_scaling") or r.table("rope_parameters")
-    inner = table or r
-    share = inner.number(
-        "partial_rotary_factor",
-        high=1.0,
-        default=r.number("partial_rotary_factor", "rotary_pct", high=1.0, default=part),
-        null=part,
-    )
-    if part is None and share not in (None, 1.0):
-        raise UnsupportedError(
-            f"{r.where}: 'partial_rotary_factor' is {share}; this architecture "
-            "rotates whole heads"
-        )
-    return read_rope(
-        table,
-        dim=int(sizes["head_dim"] * (share or 1.0)),
-        theta=r.number("rope_theta", "rotary_emb_base", default=1e4, null=1e4),
-        context=sizes["max_context"],
-        pretrained=r.integer("original_max_position_embeddings", default=None),
-    )
-
-
-def _windows(
-    r: ConfigReader, layers: int, window: int | None, pattern: Callable[[int], bool]
-) -> tuple[int | None, ...]:
-    """Returns the window per layer, from `layer_types` or else `pattern(layer)`."""
-    kinds = r.texts("layer_types", layers, ("full_attention", "sliding_attention"))
-    slides = (
-        [pattern(i) for i in range(layers)]
-        if kinds is None
-        else [kind == "sliding_attention" for kind in kinds]
-    )
-    if window is None or not any(slides):
-        return ()
-    return tuple(window if slide else None for slide in slides)
-
-
 def _llama(r: ConfigReader) -> ModelConfig:
-    sizes = _sizes(r, context=2048)
+    sizes = read_sizes(r, context=2048)
     bias = r.flag("attention_bias", default=False, null=False)
     return ModelConfig(
         family="llama",
         **sizes,
         norm_eps=r.number("rms_norm_eps", high=1.0, default=1e-6),
-        ropes=(_rope(r, sizes),),
+        ropes=(read_single_rope(r, sizes),),
         attention_scale=sizes["head_dim"] ** -0.5,
-        activation=_activation(r, "hidden_act", default="silu"),
+        activation=read_activation(r, "hidden_act", default="silu"),
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=r.flag("mlp_bias", default=False, null=False),
@@ -137,23 +53,23 @@ def _llama(r: ConfigReader) -> ModelConfig:
 
 
 def _mistral(r: ConfigReader) -> ModelConfig:
-    sizes = _sizes(r, kv_heads=8, context=131072)
+    sizes = read_sizes(r, kv_heads=8, context=131072)
     window = r.integer("sliding_window", default=4096, null=None)
     return ModelConfig(
         family="mistral",
         **sizes,
         norm_eps=r.number("rms_norm_eps", high=1.0, default=1e-6),
-        ropes=(_rope(r, sizes),),
+        ropes=(read_single_rope(r, sizes),),
         windows=() if window is None else (window,) * sizes["layers"],
         attention_scale=sizes["head_dim"] ** -0.5,
-        activation=_activation(r, "hidden_act", default="silu"),
+        activation=read_activation(r, "hidden_act", default="silu"),
         tied=r.flag("tie_word_embeddings", default=False),
     )
 
 
 def _qwen(r: ConfigReader, family: str) -> ModelConfig:
     third = family == "qwen3"
-    sizes = _sizes(r, kv_heads=32, head_dim=128 if third else None, context=32768)
+    sizes = read_sizes(r, kv_heads=32, head_dim=128 if third else None, context=32768)
     window = None
     if r.flag("use_sliding_window", default=False, null=False):
         window = r.integer("sliding_window", default=4096, null=None)
@@ -164,10 +80,10 @@ def _qwen(r: ConfigReader, family: str) -> ModelConfig:
         **sizes,
         norm_eps=r.number("rms_norm_eps", high=1.0, default=1e-6),
         qk_norm=third,
-        ropes=(_rope(r, sizes),),
-        windows=_windows(r, sizes["layers"], window, lambda i: i >= first),
+        ropes=(read_single_rope(r, sizes),),
+        windows=read_windows(r, sizes["layers"], window, lambda i: i >= first),
         attention_scale=sizes["head_dim"] ** -0.5,
-        activation=_activation(r, "hidden_act", default="silu"),
+        activation=read_activation(r, "hidden_act", default="silu"),
         qkv_bias=bias if third else True,
         out_bias=bias,
         tied=r.flag("tie_word_embeddings", default=False),
@@ -182,10 +98,10 @@ def _gemma(r: ConfigReader, family: str) -> ModelConfig:
             "decoders only"
         )
     context = 131072 if third else 8192
-    sizes = _sizes(r, kv_heads=4, head_dim=256, context=context)
+    sizes = read_sizes(r, kv_heads=4, head_dim=256, context=context)
     every = r.integer("sliding_window_pattern", default=6) if third else 2
     window = r.integer("sliding_window", default=4096, null=None)
-    windows = _windows(r, sizes["layers"], window, lambda i: (i + 1) % every != 0)
+    windows = read_windows(r, sizes["layers"], window, lambda i: (i + 1) % every != 0)
     softcap = r.number(
         "attn_logit_softcapping", default=None if third else 50.0, null=None
     )
@@ -195,7 +111,7 @@ def _gemma(r: ConfigReader, family: str) -> ModelConfig:
         )
     scalar = r.number("query_pre_attn_scalar", default=256.0)
     bias = r.flag("attention_bias", default=False, null=False)
-    ropes = _gemma3_ropes(r, sizes) if third else (_rope(r, sizes),)
+    ropes = _gemma3_ropes(r, sizes) if third else (read_single_rope(r, sizes),)
     kinds = r.texts("layer_types", sizes["layers"], tuple(_LAYER_TYPES))
     kinds = kinds or tuple(
         _LAYER_TYPES[(i + 1) % every == 0] for i in range(sizes["layers"])
@@ -215,7 +131,7 @@ def _gemma(r: ConfigReader, family: str) -> ModelConfig:
         logit_softcap=r.number(
             "final_logit_softcapping", default=None if third else 30.0, null=None
         ),
-        activation=_activation(
+        activation=read_activation(
             r, "hidden_activation", "hidden_act", default="gelu_pytorch_tanh"
         ),
         qkv_bias=bias,
@@ -247,7 +163,7 @@ def _gemma3_ropes(r: ConfigReader, sizes: dict[str, Any]) -> tuple[Rope, Rope]:
 
 
 def _phi3(r: ConfigReader) -> ModelConfig:
-    sizes = _sizes(r, context=4096)
+    sizes = read_sizes(r, context=4096)
     window = r.integer("sliding_window", default=None)
     known = "original_max_position_embeddings"
     data = {**r.data, known: r.integer(known, default=4096)}
@@ -261,16 +177,16 @@ def _phi3(r: ConfigReader) -> ModelConfig:
         family="phi3",
         **sizes,
         norm_eps=r.number("rms_norm_eps", high=1.0, default=1e-5),
-        ropes=(_rope(ConfigReader(data, r.where), sizes, part=1.0),),
+        ropes=(read_single_rope(ConfigReader(data, r.where), sizes, part=1.0),),
         windows=() if window is None else (window,) * sizes["layers"],
         attention_scale=sizes["head_dim"] ** -0.5,
-        activation=_activation(r, "hidden_act", default="silu"),
+        activation=read_activation(r, "hidden_act", default="silu"),
         tied=r.flag("tie_word_embeddings", default=False),
     )
 
 
 def _gpt_neox(r: ConfigReader) -> ModelConfig:
-    sizes = _sizes(r, context=2048)
+    sizes = read_sizes(r, context=2048)
     sizes["kv_heads"] = sizes["heads"]
     bias = r.flag("attention_bias", default=True)
     return ModelConfig(
@@ -279,9 +195,9 @@ def _gpt_neox(r: ConfigReader) -> ModelConfig:
         norm="layer",
         norm_eps=r.number("layer_norm_eps", high=1.0, default=1e-5),
         parallel_residual=r.flag("use_parallel_residual", default=True),
-        ropes=(_rope(r, sizes, part=0.25),),
+        ropes=(read_single_rope(r, sizes, part=0.25),),
         attention_scale=sizes["head_dim"] ** -0.5,
-        activation=_activation(r, "hidden_act", default="gelu"),
+        activation=read_activation(r, "hidden_act", default="gelu"),
         gated=False,
         qkv_bias=bias,
         out_bias=bias,
@@ -299,7 +215,7 @@ def _gpt2(r: ConfigReader) -> ModelConfig:
     width = r.integer("n_embd", "hidden_size", high=MAX_DIM)
     inner = r.integer("n_inner", high=2**24, default=4 * width, null=4 * width)
     filled = ConfigReader({**r.data, "n_inner": inner}, r.where)
-    sizes = _sizes(filled, mlp=("n_inner",), context=1024)
+    sizes = read_sizes(filled, mlp=("n_inner",), context=1024)
     scaled = r.flag("scale_attn_weights", default=True)
     return ModelConfig(
         family="gpt2",
@@ -310,7 +226,7 @@ def _gpt2(r: ConfigReader) -> ModelConfig:
         attention_scale_by_layer=r.flag(
             "scale_attn_by_inverse_layer_idx", default=False
         ),
-        activation=_activation(r, "activation_function", default="gelu_new"),
+        activation=read_activation(r, "activation_function", default="gelu_new"),
         gated=False,
         qkv_bias=True,
         out_bias=True,
@@ -320,7 +236,7 @@ def _gpt2(r: ConfigReader) -> ModelConfig:
 
 
 def _opt(r: ConfigReader) -> ModelConfig:
-    sizes = _sizes(r, mlp=("ffn_dim",), context=2048)
+    sizes = read_sizes(r, mlp=("ffn_dim",), context=2048)
     width = r.integer("word_embed_proj_dim", default=sizes["dim"], null=sizes["dim"])
     if width != sizes["dim"]:
         raise UnsupportedError(
@@ -339,7 +255,7 @@ def _opt(r: ConfigReader) -> ModelConfig:
         final_norm=before and not r.flag("_remove_final_layer_norm", default=False),
         position_offset=2,
         attention_scale=sizes["head_dim"] ** -0.5,
-        activation=_activation(r, "activation_function", default="relu"),
+        activation=read_activation(r, "activation_function", default="relu"),
         gated=False,
         qkv_bias=bias,
         out_bias=bias,
@@ -361,3 +277,49 @@ FAMILIES: dict[str, Family] = {
     "opt": Family("OPTForCausalLM", _opt),
 }
 """Supported architectures by `model_type`."""
+
+
+def read_config(reader: ConfigReader) -> ModelConfig:
+    """Reads a configuration of any supported family; see `ModelConfig.from_hf`."""
+    for key in ("auto_map", "trust_remote_code"):
+        if reader.data.get(key):
+            _log.warning(
+                "config.json: %r names code to run; qjax ignores it and uses its own "
+                "implementation",
+                key,
+            )
+    return FAMILIES[_family(reader)].read(reader)
+
+
+def _family(reader: ConfigReader) -> str:
+    """Returns the family of a configuration, or says what is supported."""
+    names = reader.data.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise reader.bad("architectures", names, "a list of class names")
+    kind = reader.text("model_type", default=None)
+    by_class = {f.architecture.lower(): n for n, f in FAMILIES.items()}
+    known = [by_class[n.lower()] for n in names if n.lower() in by_class]
+    if names and not known:
+        raise _unsupported("architecture", names[0], [*_classes()])
+    if kind is None and not known:
+        raise SpecError(
+            "config.json: neither 'model_type' nor 'architectures' is present; "
+            "expected at least one of them"
+        )
+    if kind is not None and kind not in FAMILIES:
+        raise _unsupported("model_type", kind, [*FAMILIES])
+    return kind if kind is not None else known[0]
+
+
+def _classes() -> list[str]:
+    return [family.architecture for family in FAMILIES.values()]
+
+
+def _unsupported(what: str, name: str, supported: list[str]) -> UnsupportedError:
+    lower = {s.lower(): s for s in supported}
+    near = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.6)
+    hint = f" Nearest: {', '.join(lower[n] for n in near)}." if near else ""
+    return UnsupportedError(
+        f"config.json: {what} {name!r} is not supported.{hint} "
+        f"Supported: {', '.join(supported)}"
+    )

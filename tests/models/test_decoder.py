@@ -141,7 +141,7 @@ def test_compile_size_does_not_grow_with_depth(golden):
 def test_long_calls_are_attended_in_parts(golden, model_of, monkeypatch):
     model, tokens = model_of("gemma3-old"), golden.make_tokens()
     expected, _ = model(tokens)
-    monkeypatch.setattr("qjax.models.attention.MAX_SCORES", 12 * 5)
+    monkeypatch.setattr("qjax.models.attention.MAX_SCORES", 2 * 4 * 12 * 5)
     got, _ = model(tokens)
     np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
 
