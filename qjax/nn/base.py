@@ -10,7 +10,9 @@ scales, and no float weight. Freezing stores exactly the codes of the last state
 never see integer leaves.
 """
 
+import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from qjax.errors import SpecError
 from qjax.formats import Format
 from qjax.methods import Method, quantize
 from qjax.tensor import QuantizedTensor
@@ -114,13 +117,16 @@ class QuantizedLayer(nnx.Module):
           **options: passed to `qjax.quantize` (`nonfinite`, `importance`, `key`).
 
         Raises:
-          ValueError: the layer is dense; it has no format.
+          SpecError: the layer is dense; it has no format.
         """
         value = self.variable.get_value()
         if isinstance(value, QuantizedTensor):
             return value
         if self.format is None:
-            raise ValueError(f"{name}: {type(self).__name__} has no format to freeze to")
+            raise SpecError(
+                f"{name}: this {type(self).__name__} is dense and has no format; "
+                "make it with format=..., or with quantize_module"
+            )
         w = self.to_matrix(value)
         axis = self.weight_axis
         return quantize(w, self.format, self.method, axis=axis, name=name, **options)
@@ -130,6 +136,18 @@ class QuantizedLayer(nnx.Module):
         if not self.frozen:
             packed = QuantizedParam(self.quantized(name, **options))
             setattr(self, self.weight_name, packed)
+
+    def __nnx_repr__(self) -> Iterator[Any]:
+        """What is printed: settings at their defaults are left out."""
+        for item in super().__nnx_repr__():
+            name = getattr(item, "key", None)
+            value = getattr(item, "value", item)
+            if value is None:
+                continue
+            if isinstance(value, Format | Method):
+                item = dataclasses.replace(item, value=value.name, use_raw_value=True)
+            if not (self.frozen and name == "format"):
+                yield item
 
     def weight(self) -> Any:
         """What to multiply by: packed, rounded on the fly, or dense; matrix form."""

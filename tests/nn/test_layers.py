@@ -52,7 +52,9 @@ def test_stacked_layers_scan(rng):
     near(y, x)
 
 
-@pytest.mark.parametrize("fmt", [None, *FORMATS], ids=lambda f: f.name if f else "dense")
+@pytest.mark.parametrize(
+    "fmt", [None, *FORMATS], ids=lambda f: f.name if f else "dense"
+)
 def test_embed_looks_up_and_attends(rng, fmt):
     table = jnp.asarray(rng.normal(size=(40, 64)), jnp.float32)
     stored = quantize(table, fmt, axis=-1) if fmt else table
