@@ -93,7 +93,7 @@ def atomic_directory(
       SpecError: The target exists and may not be replaced.
       QjaxError: No space left; the old state is intact.
     """
-    target = Path(path)
+    target = Path(os.path.abspath(path))
     check_target(target, overwrite)
     with no_space(target):
         work = Path(_temporary(target, directory=True)[1])
@@ -116,7 +116,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     if not os.path.lexists(target):
         return
     if target.is_symlink() or not target.is_dir():
-        raise SpecError(f"{shown(target)}: exists and is not a directory")
+        raise SpecError(f"{shown(target)}: exists and is not a plain directory")
     if not any(target.iterdir()):
         return
     if not overwrite:

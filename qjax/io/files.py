@@ -16,8 +16,9 @@ import math
 import mmap
 import os
 import stat
+import weakref
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -126,6 +127,7 @@ class MappedFile:
         """Open `path`; see `open_regular`."""
         self.path = Path(path)
         self._fd = open_regular(path, resolved)
+        self._close = weakref.finalize(self, os.close, self._fd)
         self._map: mmap.mmap | None = None
         self.size = os.fstat(self._fd).st_size
 
@@ -135,16 +137,11 @@ class MappedFile:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __del__(self):
-        if hasattr(self, "_fd"):
-            self.close()
-
     def close(self) -> None:
         """Close the file. Views handed out stay valid until they are dropped."""
         self._map = None
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._fd = -1
+        self._close()
 
     def stamp(self) -> tuple[int, int]:
         """Return (size, modification time in ns), a cheap sign of change."""
@@ -153,15 +150,7 @@ class MappedFile:
 
     def read(self, start: int, stop: int) -> bytes:
         """Return a copy of the bytes `start:stop`."""
-        self._check(start, stop)
-        parts, at = [], start
-        while at < stop:
-            part = os.pread(self._fd, min(stop - at, 1 << 30), at)
-            if not part:
-                raise self._shrunk(at)
-            parts.append(part)
-            at += len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return b"".join(self._parts(start, stop))
 
     def array(self, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
         """Return a read-only array over the file's bytes from `start`.
@@ -200,36 +189,27 @@ class MappedFile:
     def sha256(self, start: int = 0, stop: int | None = None) -> str:
         """Return the SHA-256 of the bytes `start:stop` as hex; no page is mapped."""
         digest = hashlib.sha256()
-        self._each(start, stop, digest.update)
+        for part in self._parts(start, stop):
+            digest.update(part)
         return digest.hexdigest()
 
     def crc32(self, start: int = 0, stop: int | None = None) -> int:
         """Return the CRC-32 of the bytes `start:stop`; no page is mapped."""
         crc = 0
-
-        def update(part: memoryview) -> None:
-            nonlocal crc
+        for part in self._parts(start, stop):
             crc = zlib.crc32(part, crc)
-
-        self._each(start, stop, update)
         return crc
 
-    def _each(
-        self, start: int, stop: int | None, use: Callable[[memoryview], None]
-    ) -> None:
+    def _parts(self, start: int, stop: int | None) -> Iterator[bytes]:
+        """Yield the bytes `start:stop` in small pieces, past the mapping."""
         stop = self.size if stop is None else stop
         self._check(start, stop)
-        for part in self._parts(start, stop):
-            use(part)
-
-    def _parts(self, start: int, stop: int) -> Iterator[memoryview]:
-        buffer = memoryview(bytearray(min(_CHUNK, max(stop - start, 1))))
         while start < stop:
-            got = os.preadv(self._fd, [buffer[: min(len(buffer), stop - start)]], start)
-            if not got:
+            part = os.pread(self._fd, min(_CHUNK, stop - start), start)
+            if not part:
                 raise self._shrunk(start)
-            yield buffer[:got]
-            start += got
+            yield part
+            start += len(part)
 
     def _check(self, start: int, stop: int) -> None:
         if self._fd < 0:

@@ -67,7 +67,7 @@ class StagingDirectory:
             directory belongs to other work.
           QjaxError: No space left.
         """
-        self.target = Path(target)
+        self.target = Path(os.path.abspath(target))
         self._overwrite = overwrite
         check_target(self.target, overwrite)
         name = f"{self.target.name}.partial"

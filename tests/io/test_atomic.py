@@ -195,7 +195,7 @@ def test_what_may_be_replaced(tmp_path: Path) -> None:
             pass
     (tmp_path / "link").symlink_to(out)
     for name in ("link", "out/x"):
-        with pytest.raises(SpecError, match="exists and is not a directory"):
+        with pytest.raises(SpecError, match="exists and is not a plain directory"):
             with atomic_directory(tmp_path / name, overwrite=True):
                 pass
     assert _tree(out) == {"x": b""}
