@@ -28,7 +28,7 @@ RECIPES = ["int8", "int4-g128", "nf4", "hqq-int3-g64"]
 PROMPT = "The old man looked out over the sea, and"
 HEADER = [
     "weights",
-    "bits per weight",
+    "bits per quantized weight",
     "file size, MB",
     "perplexity, books",
     "perplexity, WikiText-2",
@@ -56,7 +56,7 @@ def _short(argument: object) -> str:
     return str(argument)
 
 
-def measure(name: str, model: Path, windows: int) -> dict:
+def measure(name: str, model: Path, windows: int, bits: float = 16.0) -> dict:
     """Size, quality and speed of one model, and a sample of what it writes."""
     common = ["--protocol", "gptq", "--context", 512, "--windows", windows]
     baseline = [] if model == MODEL else ["--baseline", MODEL]
@@ -68,7 +68,7 @@ def measure(name: str, model: Path, windows: int) -> dict:
     )
     return {
         "name": name,
-        "bits_per_weight": run("inspect", model)["bits_per_weight"],
+        "bits_per_quantized_weight": bits,
         "size_bytes": sum(f.stat().st_size for f in model.glob("*.safetensors")),
         "books": books["perplexity"],
         "wikitext": wikitext["perplexity"],
@@ -85,7 +85,7 @@ def table(rows: list[dict]) -> str:
         lines.append(
             [
                 row["name"],
-                f"{row['bits_per_weight']:.2f}",
+                f"{row['bits_per_quantized_weight']:.2f}",
                 f"{row['size_bytes'] / 1e6:.2f}",
                 f"{row['books']:.2f}",
                 f"{row['wikitext']:.2f}",
@@ -108,7 +108,7 @@ def plot(rows: list[dict], path: Path) -> None:
     for key, label, marker in (("books", "held-out books", "o"),
                                ("wikitext", "WikiText-2", "s")):  # fmt: skip
         axes.plot(
-            [row["bits_per_weight"] for row in quantized],
+            [row["bits_per_quantized_weight"] for row in quantized],
             [100 * (row[key] / original[key] - 1) for row in quantized],
             linestyle="none",
             marker=marker,
@@ -118,14 +118,14 @@ def plot(rows: list[dict], path: Path) -> None:
         worst = max(row[key] / original[key] - 1 for key in ("books", "wikitext"))
         axes.annotate(
             row["name"],
-            (row["bits_per_weight"], 100 * worst),
+            (row["bits_per_quantized_weight"], 100 * worst),
             xytext=(0, 8),
             textcoords="offset points",
             ha="center",
         )
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.margins(x=0.15, y=0.2)
-    axes.set_xlabel("bits per weight (16 before)")
+    axes.set_xlabel("bits per quantized weight (16 before)")
     axes.set_ylabel("perplexity, % above the original")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
@@ -147,8 +147,10 @@ def main() -> None:
     for recipe in RECIPES:
         out = results / recipe
         shutil.rmtree(out, ignore_errors=True)
-        run("quantize", MODEL, "--to", out, "--recipe", recipe)
-        rows.append(measure(recipe, out, options.windows))
+        done = run("quantize", MODEL, "--to", out, "--recipe", recipe)
+        stored = sum(tensor["nbytes"] for tensor in done["tensors"])
+        weights = sum(tensor["parameters"] for tensor in done["tensors"])
+        rows.append(measure(recipe, out, options.windows, 8 * stored / weights))
 
     text = table(rows)
     (results / "table.md").write_text(text + "\n", "utf-8")
