@@ -4,7 +4,10 @@ command   python examples/quantize_from_hub.py [--model EleutherAI/pythia-410m]
           [--to FOLDER]
 hardware  2 CPU cores, 4 GB of memory, 3 GB of disk; an internet connection
 minutes   2, and the download of 0.9 GB
-expected  a folder and a line per recipe, and a few words that the smaller model writes
+expected  a folder and a line per recipe, and a few words that the smaller model writes;
+          for Pythia-410M (811 MB in float16) int8 takes 509 MB and int4-g128 367 MB,
+          31 % and 23 % of float32; 206 MB of both are the embeddings and the head,
+          which stay as they are
 
 Only weights, configuration and tokenizer are downloaded, never code. Quantizing streams
 from disk to disk, one layer at a time, so memory does not grow with the model. A folder
