@@ -3,8 +3,8 @@
 `w = (code - zero) * scale` with unsigned codes `0 .. 2**bits - 1`. Symmetric formats
 have the implicit zero `2**(bits - 1)` (0.5 for one bit, whose two levels are then
 symmetric), so their signed range is the whole two's complement range; 8-bit symmetric
-codes are stored signed. Rounding is to nearest, ties to even, of `w / scale` (symmetric) or of
-`w / scale + zero` (asymmetric), as in compressed-tensors.
+codes are stored signed. Rounding is to nearest, ties to even, of `w / scale`
+(symmetric) or of `w / scale + zero` (asymmetric), as in compressed-tensors.
 """
 
 import dataclasses

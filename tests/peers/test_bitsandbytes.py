@@ -9,7 +9,7 @@ bitsandbytes has three CPU decoders that do not agree with each other. Its PyTor
 defines the values. The C++ ones equal it except for two things that are theirs:
 
 * with AVX-512 and `in` a multiple of 16 but not of the block, the kernel takes the
-  scale of a weight from `row * (in // block) + column // block`, which is another block's;
+  scale of a weight from `row * (in // block) + column // block`: another block;
 * the portable loop's FP4 table says -0.0 for code 8.
 
 One value is out of reach: XLA's CPU backend flushes subnormals, so the 1e-38 that
