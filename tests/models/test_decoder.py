@@ -22,57 +22,57 @@ def _full(model, tokens):
     return np.asarray(_run(model, tokens)[0])
 
 
+def _padded(tokens, lengths, side):
+    """Rows of the given lengths in a batch as wide as the longest, and its mask."""
+    width = max(lengths)
+    batch, mask = np.zeros((2, width), np.int32), np.zeros((2, width), bool)
+    for row, n in enumerate(lengths):
+        where = slice(width - n, width) if side == "left" else slice(0, n)
+        batch[row, where], mask[row, where] = tokens[row, :n], True
+    return batch, mask
+
+
 @pytest.mark.parametrize("name", VARIED)
 def test_prefill_and_steps_equal_one_pass(name, golden, model_of):
     model, tokens = model_of(name), golden.make_tokens()
     expected = _full(model, tokens)
-    cache = model.init_cache(2, 16)
-    logits, cache = _run(model, tokens[:, :5], cache)
-    np.testing.assert_allclose(logits, expected[:, :5], atol=1e-5, rtol=1e-5)
-    for t in range(5, 12):
-        logits, cache = _run(model, tokens[:, t : t + 1], cache)
-        np.testing.assert_allclose(logits[:, 0], expected[:, t], atol=1e-5, rtol=1e-5)
-    assert int(cache.index) == 12
-    np.testing.assert_array_equal(cache.next_positions, [12, 12])
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", [*VARIED, "phi3-long", "llama-dynamic"])
-def test_padded_rows_equal_rows_alone(name, side, golden, model_of):
-    model, tokens = model_of(name), golden.make_tokens()
-    lengths, width = [5, 9], 9
-    batch = np.zeros((2, width), np.int32)
-    mask = np.zeros((2, width), bool)
-    for row, n in enumerate(lengths):
-        where = slice(width - n, width) if side == "left" else slice(0, n)
-        batch[row, where], mask[row, where] = tokens[row, :n], True
-    positions = positions_from_mask(jnp.asarray(mask))
-    logits, _ = _run(model, batch, None, positions)
-    assert bool(jnp.isfinite(logits).all())
-    cached, cache = _run(model, batch, model.init_cache(2, 12), positions)
-    np.testing.assert_array_equal(cache.next_positions, lengths)
-    step, _ = _run(model, tokens[:, 9:10], cache)
-    for row, n in enumerate(lengths):
-        alone = _full(model, tokens[row : row + 1, :n])[0]
-        for got in (logits, cached):
+    for lengths, side in [([9, 9], "left"), ([5, 9], "left"), ([9, 5], "right")]:
+        batch, mask = _padded(tokens, lengths, side)
+        positions = positions_from_mask(jnp.asarray(mask))
+        logits, cache = _run(model, batch, model.init_cache(2, 16), positions)
+        assert bool(jnp.isfinite(logits).all())
+        np.testing.assert_array_equal(cache.next_positions, lengths)
+        got = [[*np.asarray(logits)[row][mask[row]]] for row in (0, 1)]
+        for t in range(3):
+            step = np.array([[tokens[row, n + t]] for row, n in enumerate(lengths)])
+            logits, cache = _run(model, step, cache)
+            got = [[*got[row], np.asarray(logits)[row, 0]] for row in (0, 1)]
+        assert int(cache.index) == 12
+        for row, n in enumerate(lengths):
             np.testing.assert_allclose(
-                np.asarray(got)[row][mask[row]], alone, atol=1e-5, rtol=1e-5
+                got[row], expected[row, : n + 3], atol=1e-5, rtol=1e-5
             )
-        if name == "llama-dynamic":
-            continue  # cached keys keep their rotation; see qjax.models.rope
-        longer = np.append(tokens[row, :n], tokens[row, 9])[None]
-        np.testing.assert_allclose(
-            step[row, 0], _full(model, longer)[0, -1], atol=1e-5, rtol=1e-5
-        )
+
+
+@pytest.mark.parametrize("name", ["phi3-long", "llama-dynamic"])
+def test_length_dependent_rotations_are_per_row(name, golden, model_of):
+    model, tokens = model_of(name), golden.make_tokens()
+    batch, mask = _padded(tokens, [5, 9], "left")
+    positions = positions_from_mask(jnp.asarray(mask))
+    logits = np.asarray(_run(model, batch, None, positions)[0])
+    for row, n in enumerate([5, 9]):
+        alone = _full(model, tokens[row : row + 1, :n])[0]
+        np.testing.assert_allclose(logits[row][mask[row]], alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", VARIED)
 def test_scan_equals_blocks_one_by_one(name, golden, model_of):
     model, tokens = model_of(name), jnp.asarray(golden.make_tokens())
-    where = model.positions(tokens)
+    where = nnx.jit(lambda model, tokens: model.positions(tokens))(model, tokens)
+    step = nnx.jit(lambda block, x, where, numbers: block(x, where, numbers)[0])
     x = model.embed(tokens, where.queries)
     for _, block, numbers in model.blocks():
-        x, _ = block(x, where, numbers)
+        x = step(block, x, where, numbers)
     x = x if model.norm is None else model.norm(x)
     np.testing.assert_allclose(
         model.logits(x), _full(model, tokens), atol=1e-5, rtol=1e-5
@@ -140,9 +140,9 @@ def test_compile_size_does_not_grow_with_depth(golden):
 
 def test_long_calls_are_attended_in_parts(golden, model_of, monkeypatch):
     model, tokens = model_of("gemma3-old"), golden.make_tokens()
-    expected, _ = model(tokens)
+    expected = _full(model, tokens)
     monkeypatch.setattr("qjax.models.attention.MAX_SCORES", 2 * 4 * 12 * 5)
-    got, _ = model(tokens)
+    got = nnx.jit(lambda model, tokens: model(tokens)[0])(model, tokens)
     np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -165,7 +165,7 @@ def test_gradients_reach_every_parameter(golden, model_of):
         logits, _ = model(tokens)
         return -jax.nn.log_softmax(logits)[:, :-1].mean()
 
-    grads = nnx.to_flat_state(nnx.grad(loss)(model))
+    grads = nnx.to_flat_state(nnx.jit(nnx.grad(loss))(model))
     assert len(list(grads)) == len(jax.tree.leaves(nnx.state(model)))
     for path, leaf in grads:
         assert float(jnp.abs(leaf.get_value()).max()) > 0, path
