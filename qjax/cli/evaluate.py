@@ -9,7 +9,8 @@ import tyro
 from qjax.checkpoint import load
 from qjax.cli.output import Output
 from qjax.errors import SpecError
-from qjax.evaluate import evaluate, write_report
+from qjax.evaluate import evaluate, report_evaluation, require_matplotlib
+from qjax.inspection import inspect
 from qjax.io.files import read_small
 
 _MAX_TEXT = 1 << 30
@@ -35,6 +36,10 @@ class Evaluate:
     """Original model: adds its perplexity, KL divergence and top-1 agreement."""
     report: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Write report.json, tables and plots into a directory."""
+    tensor: str | None = None
+    """For the report: tensor to look into; by default the one with the most error."""
+    tensor: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    """For the report, with a baseline: the tensor whose error and values are drawn."""
     dtype: str | None = None
     """Compute dtype; float32 on CPU and bfloat16 elsewhere by default."""
     revision: str | None = None
@@ -43,6 +48,8 @@ class Evaluate:
 
     def run(self) -> None:
         """Evaluates, then prints one line per figure."""
+        if self.report is not None:
+            require_matplotlib()
         data = read_small(Path(self.text), _MAX_TEXT)
         try:
             text = data.decode("utf-8")
@@ -70,6 +77,17 @@ class Evaluate:
                 shown = f"{value:.6g}" if isinstance(value, float) else value
                 console.print(f"{key:24} {shown}")
         if self.report is not None:
-            write_report(self.report, {self.model: result}, model=self.model)
+            sizes = {"stored": inspect(self.model, revision=self.revision)}
+            if self.baseline is not None:
+                sizes["baseline_stored"] = inspect(self.baseline)
+            report_evaluation(
+                self.report,
+                result,
+                model,
+                name=Path(self.model).name,
+                baseline=baseline,
+                tensor=self.tensor,
+                **sizes,
+            )
             console.print(f"report: {self.report}")
         self.output.results(result)

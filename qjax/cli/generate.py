@@ -47,10 +47,11 @@ class Generate:
     def run(self) -> None:
         """Loads, generates while printing, then prints speeds."""
         model, tokenizer = load(self.model, revision=self.revision, dtype=self.dtype)
-        prompt = self.prompt
+        prompt: str | list[int] = self.prompt
         if self.chat:
-            message = {"role": "user", "content": prompt}
-            prompt = tokenizer.apply_chat_template([message])
+            message = {"role": "user", "content": self.prompt}
+            text = tokenizer.apply_chat_template([message])
+            prompt = tokenizer.encode(text, add_special_tokens=False)
         console = self.output.console
         shown = not console.quiet
 
@@ -59,7 +60,7 @@ class Generate:
             sys.stdout.flush()
 
         if shown and not self.chat:
-            show(prompt, 0)
+            show(self.prompt, 0)
         (result,) = generate_detailed(
             model,
             tokenizer,

@@ -262,7 +262,7 @@ def plot_memory(memory: Mapping[str, Mapping[str, int]], path: Path) -> Path:
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.spines["left"].set_visible(False)
         axes.grid(True, axis="x")
-        axes.set_xlabel(f"stored size ({unit})")
+        axes.set_xlabel(f"size ({unit})")
         figure.suptitle("Memory by component", x=0.01, ha="left", fontweight="bold")
         figure.legend(
             *axes.get_legend_handles_labels(),

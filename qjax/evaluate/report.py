@@ -11,7 +11,7 @@ A report folder holds
     tensor.png           error heatmap and histogram of one tensor
     memory.png           size by component
 
-each as far as its numbers were given.
+each as far as its numbers were given; the first two plots need two models or more.
 
 Refuses to start without matplotlib (extra `[plot]`): a report is made after long work,
 so `require_matplotlib` is the first thing to call before that work.
@@ -25,9 +25,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-from flax import nnx
-
 from qjax.errors import SpecError
 from qjax.evaluate.plots import (
     plot_layer_errors,
@@ -36,6 +33,15 @@ from qjax.evaluate.plots import (
     require_matplotlib,
 )
 from qjax.evaluate.tradeoff import plot_tradeoff
+from qjax.evaluate.weights import (
+    bits_per_weight,
+    by_component,
+    choose_tensor,
+    compare_weights,
+    dense_matrix,
+    memory_by_component,
+)
+from qjax.models import Decoder
 
 _COLUMNS = {
     "name": ("model", "{}"),
@@ -118,7 +124,7 @@ def _draw(
     for metric in ("perplexity", "kl_divergence"):
         path = folder / f"{metric}.png"
         path.unlink(missing_ok=True)
-        if sum((r.get(metric) or 0) > 0 for r in sized) >= 1:
+        if sum((r.get(metric) or 0) > 0 for r in sized) >= 2:
             files.append(plot_tradeoff(sized, path, metric))
     for name in ("layer_errors", "tensor", "memory"):
         (folder / f"{name}.png").unlink(missing_ok=True)
@@ -131,24 +137,75 @@ def _draw(
     return files
 
 
-def memory_by_component(model: nnx.Module) -> dict[str, int]:
-    """Return the stored bytes of a decoder's parts: codes, scales and all.
+def report_evaluation(
+    directory: str | os.PathLike[str],
+    result: Mapping[str, Any],
+    model: Decoder,
+    *,
+    name: str = "model",
+    baseline: Decoder | None = None,
+    tensor: str | None = None,
+    stored: Mapping[str, Any] | None = None,
+    baseline_stored: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Write the report of one evaluation, with what the models themselves tell.
 
     Args:
-        model: A `qjax.models.Decoder`.
+        directory: Folder to write into.
+        result: What `evaluate` returned.
+        model: The model it was measured on.
+        name: Its name in tables and plots.
+        baseline: The original; adds weight errors and the look into one tensor.
+        tensor: Which tensor to look into, such as `layers.3.mlp.down`; by default the
+            one with the largest error.
+        stored: What `qjax.inspect` says of the model's files; without it, sizes are
+            those in memory, where float weights may be wider.
+        baseline_stored: The same of the baseline.
 
     Returns:
-        Bytes of `embedding`, `attention`, `MLP`, `norms`, `head`, as far as present.
+        The files written.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed; nothing is written.
+        SpecError: No tensor has that name, or the models do not match.
     """
-    sizes: dict[str, int] = {}
-    names = {"embed": "embedding", "attn": "attention", "mlp": "MLP", "head": "head"}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model)):
-        words = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
-        part = "norms" if any("norm" in word for word in words) else next(
-            (names[word] for word in words if word in names), "other")  # fmt: skip
-        sizes[part] = sizes.get(part, 0) + int(leaf.nbytes)
-    order = [*names.values(), "norms", "other"]
-    return {part: sizes[part] for part in order if part in sizes}
+    require_matplotlib()
+    size, parts = _size(model, stored)
+    sizes, row = {name: parts}, {"name": name, **size, **result}
+    if baseline is None:
+        return write_report(directory, [row], memory=sizes)
+    shared = {key: result[key] for key in _PROTOCOL if key in result}
+    size, parts = _size(baseline, baseline_stored)
+    original = {
+        "name": "original",
+        **size,
+        **shared,
+        "perplexity": result.get("baseline_perplexity"),
+    }
+    tensors = compare_weights(model, baseline)
+    looked_at = None
+    if tensors:
+        chosen = choose_tensor(tensors, tensor)
+        before, after = dense_matrix(baseline, chosen), dense_matrix(model, chosen)
+        looked_at = (chosen, before, after)
+    sizes = {"original": parts, **sizes}
+    return write_report(
+        directory, [original, row], tensors=tensors, tensor=looked_at, memory=sizes
+    )
+
+
+def _size(
+    model: Decoder, stored: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return a row's sizes, and bytes by component: on disk if known, else in memory."""
+    if stored is None:
+        bits, size = bits_per_weight(model)
+        parts = memory_by_component(model)
+    else:
+        bits, size = stored["bits_per_weight"], stored["size_bytes"]
+        tensors = {tensor["name"]: tensor["nbytes"] for tensor in stored["tensors"]}
+        parts = by_component(tensors)
+    return {"bits_per_weight": bits, "size_bytes": size}, parts
 
 
 def markdown_table(results: Sequence[Mapping[str, Any]]) -> str:

@@ -10,17 +10,22 @@ import pytest
 
 from qjax.errors import MissingExtraError, SpecError
 from qjax.evaluate import (
+    bits_per_weight,
+    compare_weights,
     markdown_table,
     memory_by_component,
     plot_layer_errors,
     plot_memory,
     plot_tensor,
     plot_tradeoff,
+    report_evaluation,
     write_report,
 )
 from qjax.evaluate.plots import _pool
 from qjax.evaluate.tradeoff import family
+from qjax.formats import Int
 from qjax.models import Decoder, ModelConfig, param_shapes
+from qjax.quantize import quantize
 
 COMMON = {"protocol": "gptq", "context": 512, "baseline_perplexity": 43.02, "bos": "no"}
 RESULTS = [
@@ -137,15 +142,15 @@ def test_table_leaves_empty_columns_out():
     assert table == "| model | perplexity |\n| :-- | --: |\n| a\\|b | 1.500 |\n"
 
 
-def test_memory_by_component():
-    """Parts add up to all parameters."""
-    config = ModelConfig.from_hf(
+def make_config():
+    """Return a tiny Llama configuration."""
+    return ModelConfig.from_hf(
         {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "vocab_size": 20,
-            "hidden_size": 8,
-            "intermediate_size": 12,
+            "hidden_size": 16,
+            "intermediate_size": 24,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
@@ -154,14 +159,83 @@ def test_memory_by_component():
             "hidden_act": "silu",
         }
     )
-    shapes = param_shapes(config)
-    params = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
-    sizes = memory_by_component(Decoder(config, params))
-    assert sizes["embedding"] == sizes["head"] == 20 * 8 * 4
-    assert sizes["attention"] == 2 * 4 * 8 * 8 * 4
-    assert sizes["MLP"] == 2 * 3 * 8 * 12 * 4
-    assert sizes["norms"] == 5 * 8 * 4
-    assert sum(sizes.values()) == sum(p.nbytes for p in params.values())
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A dense model, one with int4 kernels, and the kernels' errors by name."""
+    rng = np.random.default_rng(0)
+    config = make_config()
+    params = {
+        name: jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for name, shape in param_shapes(config).items()
+    }
+    packed = {
+        name: quantize(w, Int(bits=4, group=8)) if ".kernel" in name else w
+        for name, w in params.items()
+    }
+    errors = {
+        name: np.linalg.norm(q.dequantize() - params[name])
+        / np.linalg.norm(params[name])
+        for name, q in packed.items()
+        if ".kernel" in name
+    }
+    return Decoder(config, params), Decoder(config, packed), errors
+
+
+def test_sizes(models):
+    """Parts add up to all parameters, packed or not."""
+    dense, packed, _ = models
+    sizes = memory_by_component(dense)
+    assert sizes["embedding"] == sizes["head"] == 20 * 16 * 4
+    assert sizes["attention"] == 2 * 4 * 16 * 16 * 4
+    assert sizes["MLP"] == 2 * 3 * 16 * 24 * 4
+    assert sizes["norms"] == 5 * 16 * 4
+    assert bits_per_weight(dense) == (32.0, sum(sizes.values()))
+    small = memory_by_component(packed)
+    assert small["MLP"] == sizes["MLP"] // 8 + sizes["MLP"] // 8  # codes, scales
+    assert small["embedding"] == sizes["embedding"]
+    assert 8 < bits_per_weight(packed)[0] < 32
+
+
+def test_compare_weights(models):
+    """Every packed tensor's error, and none of the kept ones."""
+    dense, packed, errors = models
+    found = {t["name"]: t["error"] for t in compare_weights(packed, dense)}
+    assert set(found) == set(errors)
+    for name, error in errors.items():
+        assert found[name] == pytest.approx(error, rel=1e-4)
+    assert compare_weights(dense, dense) == []
+
+
+def test_report_of_one_evaluation(tmp_path, models):
+    """Against a baseline there are two rows, errors, and the worst tensor's plot."""
+    dense, packed, errors = models
+    result = {"perplexity": 5.0, "baseline_perplexity": 4.9, "kl_divergence": 0.1}
+    files = report_evaluation(tmp_path, result, packed, name="int4", baseline=dense)
+    assert {p.name for p in files} == {
+        "report.json", "results.csv", "report.md", "perplexity.png",
+        "layer_errors.png", "tensor.png", "memory.png"}  # fmt: skip
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert [row["name"] for row in content["results"]] == ["original", "int4"]
+    assert [row["perplexity"] for row in content["results"]] == [4.9, 5.0]
+    assert len(content["tensors"]) == len(errors)
+    report_evaluation(
+        tmp_path, result, packed, baseline=dense, tensor="layers.1.mlp.up"
+    )
+    with pytest.raises(SpecError, match=r"'layers.1.mlp.upp'; did you mean layers.1"):
+        report_evaluation(
+            tmp_path, result, packed, baseline=dense, tensor="layers.1.mlp.upp"
+        )
+    stored = {"bits_per_weight": 4.5, "size_bytes": 99,
+              "tensors": [{"name": "layers.0.mlp.up.kernel", "nbytes": 99}]}  # fmt: skip
+    report_evaluation(tmp_path, result, packed, stored=stored)
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content["results"][0]["size_bytes"] == 99
+    assert content["memory"] == {"model": {"MLP": 99}}
+    alone = report_evaluation(tmp_path, {"perplexity": 5.0}, packed)
+    assert {p.suffix for p in alone} == {".json", ".csv", ".md", ".png"}
+    assert len(alone) == 4
 
 
 def test_refuses(tmp_path, monkeypatch):
