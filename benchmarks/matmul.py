@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.formats import FP4, FP8, MXFP4, NF4, NVFP4, Int
+from qjax.formats import FP4, FP8, MXFP4, NF4, NVFP4, Cast, Int
 from qjax.methods import quantize
 from qjax.ops import explain, matmul
 
@@ -37,6 +37,7 @@ FORMATS = {
     "fp8": FP8(),
     "mxfp4": MXFP4(),
     "nvfp4": NVFP4(),
+    "bfloat16": Cast(),
 }
 
 
@@ -50,7 +51,9 @@ def random_weight(fmt, matrix, seed=0):
     def fill(leaf):
         if jnp.issubdtype(leaf.dtype, jnp.integer):
             info = jnp.iinfo(leaf.dtype)
-            high = 130 if leaf.shape != like.codes.shape and info.bits == 8 else info.max
+            high = (
+                130 if leaf.shape != like.codes.shape and info.bits == 8 else info.max
+            )
             low = 120 if high == 130 else info.min
             return rng.integers(low, high, leaf.shape, leaf.dtype, endpoint=True)
         return rng.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
@@ -71,7 +74,10 @@ def contestants(args):
     rng = np.random.default_rng(1)
     matrix = (args.inputs, args.outputs)
     w = jnp.asarray(rng.standard_normal(matrix, np.float32))
-    table = {"dense float32": (dense, w), "dense bfloat16": (dense, w.astype("bfloat16"))}
+    table = {
+        "dense float32": (dense, w),
+        "dense bfloat16": (dense, w.astype("bfloat16")),
+    }
     for name in args.formats:
         q = random_weight(FORMATS[name], matrix)
         table[name] = (matmul, q)
@@ -105,7 +111,9 @@ def measure(table, x, rounds):
 def report(rows):
     """Prints the table; adds the ratios."""
     base = rows["dense float32"]
-    print(f"{'':22}{'min ms':>9}{'median':>9}{'temp MB':>9}{'vs f32':>8}{'vs naive':>9}")
+    print(
+        f"{'':22}{'min ms':>9}{'median':>9}{'temp MB':>9}{'vs f32':>8}{'vs naive':>9}"
+    )
     for name, row in rows.items():
         row["dense_ratio"] = base["median_ms"] / row["median_ms"]
         other = rows.get(f"{name} naive")

@@ -3,7 +3,7 @@
 `contract` computes `x W` or `x W^T`. Blocks run along the axis of the result, so each
 one is decoded, multiplied and written once, and nothing but the result grows with the
 batch. Blocks that are still large, or cannot be cut that way, are cut along the other
-axis and accumulated in float32. Peak temporary memory is a few blocks of `BLOCK` weights.
+axis and accumulated in float32. Temporary memory is a few blocks of `BLOCK` weights.
 
 On CPU blocks are float32; elsewhere they have the dtype of `x`, products accumulate in
 float32, and fewer than 8 rows are padded to 8, because the matrix units of TPUs and
@@ -20,7 +20,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from qjax.ops.blocks import Axis, cut_step, decode, take, windows, zeros_like_sum
+from qjax.ops.blocks import (
+    Axis,
+    cut_leaf,
+    cut_step,
+    decode,
+    take,
+    windows,
+    zeros_like_sum,
+)
 from qjax.tensor import LayoutTensor
 
 BLOCK = 1 << 19
@@ -48,7 +56,6 @@ def contract(
     result_dtype = x.dtype
     if not cpu and rows < 8:
         x = jnp.pad(x, [(0, 8 - rows), (0, 0)])
-    x = x.astype(dtype)
     result: Axis = "in" if transpose else "out"
     if cut_step(q, result) is None:
         y = _accumulate(x, q, transpose, dtype)
@@ -83,14 +90,15 @@ def _write(x, q, transpose, dtype, result_dtype):
 def _accumulate(x, q, transpose, dtype):
     """Blocks along the contracted axis, summed in float32."""
     axis: Axis = "out" if transpose else "in"
-    small = q.matrix[0] * q.matrix[1] < 2 * BLOCK
+    cast = x.size if x.dtype != dtype else 0
+    small = max(q.matrix[0] * q.matrix[1], cast) < 2 * BLOCK
     if small or cut_step(q, axis) is None:
-        return _dot(x, decode(q).astype(dtype), transpose)
+        return _dot(x.astype(dtype), decode(q).astype(dtype), transpose)
     size, count, rest = _division(q, axis)
 
     def part(start, size):
         block = decode(take(q, axis, start, size)).astype(dtype)
-        return _dot(lax.dynamic_slice_in_dim(x, start, size, 1), block, transpose)
+        return _dot(cut_leaf(x, start, size, 1).astype(dtype), block, transpose)
 
     shape = (x.shape[0], q.matrix[0 if transpose else 1])
     y = zeros_like_sum(shape, jnp.float32, x, q.codes)
@@ -138,14 +146,14 @@ def leaf_gradients(
         if not f.metadata.get("static") and getattr(q, f.name) is not None
     }
     floats = {k: v for k, v in leaves.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    across = a.T.astype(jnp.float32)
 
     def part(start, size):
         block = take(q, "out", start, size)
         inputs = {name: getattr(block, name) for name in floats}
         _, pull = jax.vjp(lambda v: decode(dataclasses.replace(block, **v)), inputs)
-        columns = lax.dynamic_slice_in_dim(b, start, size, 1)
-        return pull(_dot(a.T, columns, False))[0]
+        columns = cut_leaf(b, start, size, 1).astype(jnp.float32)
+        return pull(_dot(across, columns, False))[0]
 
     def add(total, start, size):
         where = windows(q, "out", start, size)

@@ -197,13 +197,13 @@ def scale_values(leaf: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def lookup(
-    codes: Int[Array, "*shape"], table: Float[Array, "levels"]
+    codes: Int[Array, "*shape"], table: Float[Array, " levels"]
 ) -> Float[Array, "*shape"]:
     """`table[codes]`: up to 16 levels by a tree of selections, more by a gather."""
     levels = table.shape[0]
     if levels > 16 or levels & (levels - 1):
         return table.at[codes.astype(jnp.int32)].get(mode="clip")
-    nodes: list[Shaped[Array, "..."]] = [table[i] for i in range(levels)]
+    nodes: list[Shaped[Array, ...]] = [table[i] for i in range(levels)]
     bit = 1
     while len(nodes) > 1:
         odd = (codes & jnp.asarray(bit, codes.dtype)) != 0

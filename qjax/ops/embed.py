@@ -96,7 +96,7 @@ def _rows(w, ids, transpose):
     )
 
 
-def _column(q: LayoutTensor, i) -> Float[Array, "in"]:
+def _column(q: LayoutTensor, i) -> Float[Array, " in"]:
     """Column `i` of the matrix."""
     rows, bits = q.matrix[0], q.format.code_bits
     places = jnp.arange(rows, dtype=jnp.int32)
@@ -112,12 +112,12 @@ def _column(q: LayoutTensor, i) -> Float[Array, "in"]:
     return _scaled(q, codes, places, i)
 
 
-def _row(q: LayoutTensor, i) -> Float[Array, "out"]:
+def _row(q: LayoutTensor, i) -> Float[Array, " out"]:
     """Row `i`, from the packing unit that holds it."""
     if q.flat:
         raise UnsupportedError(
-            f"embed: {q!r} is stored flat over the transpose, so a row is scattered over "
-            "all of it; quantize the table's transpose and wrap it in Transposed"
+            f"embed: {q!r} is stored flat over the transpose, so a row is scattered "
+            "over it; quantize the table's transpose and wrap it in Transposed"
         )
     bits = q.format.code_bits
     unit = row_multiple(bits) if bits < 8 else 1

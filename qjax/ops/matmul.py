@@ -171,7 +171,9 @@ def _check(shape, dtype, w, backend):
         )
     if backend is not None and backend not in (*BACKENDS, "reference"):
         names = ", ".join(map(repr, (*BACKENDS, "reference")))
-        raise SpecError(f"matmul: backend is {backend!r}, expected None or one of {names}")
+        raise SpecError(
+            f"matmul: backend is {backend!r}, expected None or one of {names}"
+        )
 
 
 def _apply(x, w, transpose, backend):

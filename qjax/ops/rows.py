@@ -15,8 +15,6 @@ along `in` (or one scale per column or tensor) that divide `in` and hold whole p
 units; `obstacle` says what is missing.
 """
 
-import math
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -165,7 +163,7 @@ def _step(q):
 
 
 def _partials(rows, base, step, results):
-    """Independent parts of `in`: whole groups, two loop turns, small enough to cache."""
+    """Independent parts of `in`: whole groups, two or more steps, within the cache."""
     for parts in range(min(PARTIALS, max(RESULT // results, 1)), 1, -1):
         if rows % (parts * base) == 0 and rows // parts >= 2 * step:
             return parts
