@@ -1,7 +1,8 @@
 """The qjax artifact: a directory of safetensors parts under one manifest.
 
-    qjax.json               manifest: format version, recipe, per-tensor spec and report,
-                            SHA-256 of every stored array and copied file, source digest
+    qjax.json               manifest: format version, recipe, spec and report of each
+                            tensor, SHA-256 of each stored array and copied file, and
+                            of the source
     embed.safetensors       embeddings
     layer-0000.safetensors  one decoder layer each
     final.safetensors       last norm and head
@@ -151,7 +152,8 @@ class ArtifactWriter:
                 digests = known or {n: part.sha256(n) for n in part.names()}
                 for tensor, entry in _entries(part, name).items():
                     tensors[tensor] = {"file": name, **entry}
-            files[name] = {"size": path.stat().st_size, "arrays": digests}
+            arrays = dict(sorted(digests.items()))
+            files[name] = {"size": path.stat().st_size, "arrays": arrays}
         for name, source in copied.items():
             data = read_small(source, _MAX_COPIED)
             write_bytes(self._stage.path / name, data, overwrite=True)
@@ -259,7 +261,9 @@ class Artifact:
 
         def read(name: str) -> np.ndarray:
             if name not in part.tensors:
-                raise FormatError(f"{file}: no array {name!r}, which the manifest lists")
+                raise FormatError(
+                    f"{file}: no array {name!r}, which the manifest lists"
+                )
             if self._verify and part.sha256(name) != digests.get(name):
                 raise IntegrityError(
                     f"{file}: array {name!r} differs from its digest in the manifest; "
@@ -421,8 +425,8 @@ def save(
     assets = getattr(model, "assets", None)
     if assets is None:
         raise SpecError(
-            "save: the model was not made by qjax.load or qjax.quantize_model, so there "
-            "is no config.json to store with it"
+            "save: the model was not made by qjax.load or qjax.quantize_model, so "
+            "there is no config.json to store with it"
         )
     recipe = json.loads(assets.recipe) if assets.recipe else None
     identity = {"save": assets.directory}

@@ -1,7 +1,8 @@
 """Writing a model in another container: the qjax artifact or dense safetensors.
 
-Works part by part, so memory is one layer. Packed weights are only ever expanded when a
-dense format is asked for; going to the artifact keeps dense weights exactly as they are.
+Works part by part, so memory is one layer. Packed weights are only ever expanded when
+a dense format is asked for; going to the artifact keeps dense weights exactly as they
+are.
 """
 
 import os
@@ -58,9 +59,7 @@ def convert(
         copied = {n: p for n, p in artifact.files.items() if n in TOKENIZER_FILES}
         parts = (part for _, part in artifact.parts())
         tensors = _hf_tensors(artifact.config, parts)
-        write_checkpoint(
-            target, artifact.config, tensors, copied, overwrite=overwrite
-        )
+        write_checkpoint(target, artifact.config, tensors, copied, overwrite=overwrite)
     else:
         with open_checkpoint(source, revision) as checkpoint:
             parts = (part for _, part in dense_parts(checkpoint))

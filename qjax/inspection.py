@@ -23,8 +23,8 @@ def inspect(
 
     Returns:
       `format, architecture, parameters, bits_per_weight, size_bytes, recipe, formats,
-      tensors`, each tensor with `name, shape, format, bits_per_weight, nbytes`, sizes in
-      bytes; `formats` counts tensors by format.
+      tensors`, each tensor with `name, shape, format, bits_per_weight, nbytes`, sizes
+      in bytes; `formats` counts tensors by format.
 
     Raises:
       SpecError: no such model.

@@ -1,9 +1,9 @@
 """Quantizing whole models: from disk to artifact layer by layer, or in memory.
 
-`quantize_checkpoint` streams: it maps the source, holds one layer at a time, writes each
-part when it is done and can be killed at any moment; the same command continues with
-the first missing part and ends with the same bytes. Its memory is one layer in float32
-with the method's temporaries, whatever the size of the model.
+`quantize_checkpoint` streams: it maps the source, holds one layer at a time, writes
+each part when it is done and can be killed at any moment; the same command continues
+with the first missing part and ends with the same bytes. Its memory is one layer in
+float32 with the method's temporaries, whatever the size of the model.
 
 Every tensor is reported: what it became and at which error, or why it was kept.
 """
@@ -128,7 +128,8 @@ def quantize_model(
         compute = jnp.dtype(dtype or source.dtype)
         config, directory = source.config, getattr(source.assets, "directory", None)
         for index, (layer, part) in enumerate(source.parts()):
-            part = log.quantize(part, config.layers, part_name(layer, index == 0))
+            part = log.quantize(part)
+            log.step(config.layers, part_name(layer, index == 0))
             params |= {path: hold(leaf, compute) for path, leaf in part.items()}
     else:
         compute = jnp.dtype(dtype or default)
@@ -137,7 +138,8 @@ def quantize_model(
             config = ModelConfig.from_hf(checkpoint.config)
             directory = str(checkpoint.directory)
             for index, (layer, part) in enumerate(dense_parts(checkpoint)):
-                part = log.quantize(part, config.layers, part_name(layer, index == 0))
+                part = log.quantize(part)
+                log.step(config.layers, part_name(layer, index == 0))
                 params |= {path: hold(leaf, compute) for path, leaf in part.items()}
     model = Decoder(config, params, dtype=compute)
     if directory is not None:
@@ -194,11 +196,9 @@ def quantize_checkpoint(
         with ArtifactWriter(target, identity, overwrite=overwrite) as out:
             for index, (layer, part) in enumerate(dense_parts(checkpoint)):
                 name = part_name(layer, index == 0)
-                if name in out.done:
-                    log.skip(config.layers, name)
-                    continue
-                packed = log.quantize(part, config.layers, name)
-                out.write(name, packed, log.entries)
+                if name not in out.done:
+                    out.write(name, log.quantize(part), log.entries)
+                log.step(config.layers, name, resumed=name in out.done)
             report = log.report(dict(out.reports()))
             header = {
                 "recipe": recipe.to_dict(),
@@ -220,23 +220,17 @@ class _Log:
         self._done = 0
         self.entries: dict[str, dict[str, Any]] = {}
 
-    def quantize(
-        self, part: Mapping[str, Any], layers: int, name: str
-    ) -> dict[str, Any]:
+    def quantize(self, part: Mapping[str, Any]) -> dict[str, Any]:
         """Quantizes one part by the recipe and records each tensor."""
         packed: dict[str, Any] = {}
         for path, w in part.items():
             packed[path], self.entries[path] = quantize_parameter(
                 path, w, self._recipe, nonfinite=self._nonfinite
             )
-        self._step(layers, name, resumed=False)
         return packed
 
-    def skip(self, layers: int, name: str) -> None:
-        """Notes a part that an earlier run completed."""
-        self._step(layers, name, resumed=True)
-
-    def _step(self, layers: int, name: str, *, resumed: bool) -> None:
+    def step(self, layers: int, name: str, *, resumed: bool = False) -> None:
+        """Reports a finished part."""
         self._done += 1
         if self._progress is not None:
             seconds = time.perf_counter() - self._start
@@ -318,7 +312,7 @@ def _relative_error(w, q):
 
 
 def peak_memory_bytes() -> int:
-    """High-water mark of this process's resident memory, plus device memory if known."""
+    """High-water mark of resident memory, plus that of devices where they tell."""
     scale = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
     for device in jax.local_devices():

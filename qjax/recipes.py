@@ -53,7 +53,7 @@ class Rule:
 
     pattern: str
     format: Format | None
-    method: Method = RTN()
+    method: Method = dataclasses.field(default_factory=RTN)
 
     def __post_init__(self) -> None:
         if self.pattern.startswith("re:"):

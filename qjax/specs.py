@@ -215,6 +215,5 @@ def _leaf(name: str, leaf: Any, shape: tuple[int, ...], dtypes: tuple[str, ...])
     if tuple(leaf.shape) != shape:
         raise FormatError(f"{name}: shape {tuple(leaf.shape)}, expected {shape}")
     if jnp.dtype(leaf.dtype).name not in dtypes:
-        raise FormatError(
-            f"{name}: dtype {jnp.dtype(leaf.dtype).name}, expected {' or '.join(dtypes)}"
-        )
+        found = jnp.dtype(leaf.dtype).name
+        raise FormatError(f"{name}: dtype {found}, expected {' or '.join(dtypes)}")

@@ -25,7 +25,9 @@ class Convert:
     """Branch, tag or commit of a Hub id."""
     force: bool = False
     """Replace an existing model directory."""
-    output: tyro.conf.OmitArgPrefixes[Output] = Output()
+    output: tyro.conf.OmitArgPrefixes[Output] = dataclasses.field(
+        default_factory=Output
+    )
 
     def run(self) -> None:
         """Converts, then prints what was written."""

@@ -44,7 +44,9 @@ class Evaluate:
     """Compute dtype; float32 on CPU and bfloat16 elsewhere by default."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
-    output: tyro.conf.OmitArgPrefixes[Output] = Output()
+    output: tyro.conf.OmitArgPrefixes[Output] = dataclasses.field(
+        default_factory=Output
+    )
 
     def run(self) -> None:
         """Evaluates, then prints one line per figure."""

@@ -18,7 +18,9 @@ class Inspect:
     """qjax artifact, Hugging Face directory or Hub id."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
-    output: tyro.conf.OmitArgPrefixes[Output] = Output()
+    output: tyro.conf.OmitArgPrefixes[Output] = dataclasses.field(
+        default_factory=Output
+    )
 
     def run(self) -> None:
         """Prints a table of tensors and the totals."""

@@ -27,7 +27,9 @@ class Quantize:
     """What to do with NaN and infinite weights."""
     force: bool = False
     """Replace an existing model directory."""
-    output: tyro.conf.OmitArgPrefixes[Output] = Output()
+    output: tyro.conf.OmitArgPrefixes[Output] = dataclasses.field(
+        default_factory=Output
+    )
 
     def run(self) -> None:
         """Quantizes, then prints sizes and errors."""
@@ -48,9 +50,13 @@ class Quantize:
         console = self.output.console
         table = rich.table.Table("format", "method", "tensors", "bits/weight", "error")
         for fmt, method in sorted({(t["format"], t["method"]) for t in report.tensors}):
-            rows = [t for t in report.tensors if (t["format"], t["method"]) == (fmt, method)]
+            rows = [
+                t for t in report.tensors if (t["format"], t["method"]) == (fmt, method)
+            ]
             worst = max(rows, key=lambda t: t["error"])
-            bits = 8 * sum(t["nbytes"] for t in rows) / sum(t["parameters"] for t in rows)
+            bits = (
+                8 * sum(t["nbytes"] for t in rows) / sum(t["parameters"] for t in rows)
+            )
             table.add_row(
                 fmt,
                 method,
