@@ -12,7 +12,7 @@ from typing import Any
 
 from qjax.errors import SpecError, UnsupportedError
 from qjax.models.reader import ConfigReader
-from qjax.models.rope import Rope
+from qjax.models.rope import Rope, brief
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -31,7 +31,7 @@ ACTIVATIONS = {
 """Names of activations in configurations, and what the decoder calls them."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ModelConfig:
     """Shape and kind of one decoder-only language model; hashable, static under jit.
 
@@ -154,6 +154,9 @@ class ModelConfig:
         from qjax.models.families import read_config  # which needs this class
 
         return read_config(ConfigReader(data))
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     @property
     def q_dim(self) -> int:

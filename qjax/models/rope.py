@@ -15,6 +15,7 @@ Ding et al. 2024, LongRoPE (arXiv:2402.13753).
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +27,17 @@ from qjax.models.reader import ConfigReader
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
-@dataclasses.dataclass(frozen=True)
+def brief(settings: Any) -> str:
+    """Returns the repr of a dataclass without the fields that have their defaults."""
+    shown = [
+        f"{field.name}={getattr(settings, field.name)!r}"
+        for field in dataclasses.fields(settings)
+        if getattr(settings, field.name) != field.default
+    ]
+    return f"{type(settings).__name__}({', '.join(shown)})"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Rope:
     """One table of rotary frequencies.
 
@@ -56,6 +67,9 @@ class Rope:
     truncate: bool = True
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     def __post_init__(self) -> None:
         if self.dim < 2 or self.dim % 2:

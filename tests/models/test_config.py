@@ -24,6 +24,15 @@ def test_configs_are_hashable_and_equal_by_value(case, golden):
         one.dim = 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def test_printing_shows_what_differs_from_the_defaults(llama):
+    text = repr(ModelConfig.from_hf(llama))
+    assert text.startswith(
+        "ModelConfig(family='llama', vocab_size=64, dim=32, layers=3"
+    )
+    assert "Rope(dim=8, context=64)" in text
+    assert "softcap" not in text and "windows" not in text
+
+
 def test_bundled_model(model_path):
     config = ModelConfig.from_hf(json.loads((model_path / "config.json").read_text()))
     assert (config.dim, config.layers, config.heads, config.kv_heads) == (256, 6, 8, 4)
