@@ -188,6 +188,8 @@ def main(folder: Path, report: Path) -> None:
             target = case.build(warm / case.name)
             for one in target if isinstance(target, list) else [target]:
                 OPENERS[case.opener](one)
+    gc.collect()
+    gc.freeze()  # what the imports left need not be looked at before every case
     ceiling = _resident("VmSize") + (1 << 30)
     resource.setrlimit(resource.RLIMIT_AS, (ceiling, ceiling))
     resource.setrlimit(resource.RLIMIT_CPU, (240, 240))
