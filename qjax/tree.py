@@ -15,6 +15,7 @@ import dataclasses
 import math
 import sys
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ def quantize_tree(
     *,
     key: Array | None = None,
     nonfinite: str = "raise",
+    arrange: "Arrange | None" = None,
 ) -> PyTree:
     """Quantizes the leaves of a tree that a recipe names, one at a time.
 
@@ -50,6 +52,8 @@ def quantize_tree(
       method: overrides the method of every rule.
       key: random key of stochastic methods; each leaf folds in its path.
       nonfinite: what to do about NaN and infinity; see `qjax.quantize`.
+      arrange: how a leaf becomes a matrix: `(path, leaf)` to `(w, axis)`, with `w`
+        `[..., in, out]` for axis -2 and `[..., out, in]` for -1.
 
     Returns:
       A tree of the same structure with `QuantizedTensor` leaves.
@@ -64,40 +68,42 @@ def quantize_tree(
       >>> print(model_size(packed))
     """
     recipe = load_recipe(recipe)
+    arrange = arrange or _by_name
     seen: list[str] = []
+    matched: list[str] = []
 
     def one(path: Any, leaf: Any) -> Any:
         name = dotted_path(path)
         seen.append(name)
-        rule = None if not is_weight(leaf) else recipe.match(name, leaf.shape)
+        rule = recipe.match(name, leaf.shape) if is_weight(leaf) else None
         if rule is None or rule.format is None:
             return leaf
-        count.append(name)
-        axis = -1 if name.rpartition(".")[2] in TABLES else -2
-        leaf_key = None
+        matched.append(name)
+        w, axis = arrange(name, leaf)
+        options: dict[str, Any] = {"nonfinite": nonfinite, "name": name}
         if key is not None:
-            leaf_key = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
-        try:
-            return quantize(
-                leaf,
-                rule.format,
-                method or rule.method,
-                axis=axis,
-                key=leaf_key,
-                nonfinite=nonfinite,
-                name=name,
+            options["key"] = jax.random.fold_in(
+                key, np.uint32(zlib.crc32(name.encode()))
             )
+        try:
+            return quantize(w, rule.format, method or rule.method, axis=axis, **options)
         except SpecError as error:
-            text = str(error)
-            text = text if text.startswith(name) else f"{name}: {text}"
+            text = str(error).removeprefix(f"{name}: ")
             raise SpecError(
-                f"{text}; or put a rule that keeps it before {rule.pattern!r}"
+                f"{name}: {text}; or put a rule that keeps it before {rule.pattern!r}"
             ) from None
 
-    count: list[str] = []
     done = jax.tree.map_with_path(one, params, is_leaf=is_quantized)
-    check_matched(recipe, count, seen)
+    check_matched(recipe, matched, seen)
     return done
+
+
+Arrange = Callable[[str, Any], tuple[Any, int]]
+"""Says how a leaf becomes a matrix; see `quantize_tree`."""
+
+
+def _by_name(name: str, leaf: Any) -> tuple[Any, int]:
+    return leaf, -1 if name.rpartition(".")[2] in TABLES else -2
 
 
 def check_matched(recipe: Recipe, matched: list[str], seen: list[str]) -> None:

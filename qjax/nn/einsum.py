@@ -287,14 +287,31 @@ class QEinsum(QuantizedLayer):
           x: input.
           out_sharding: sharding of the result.
         """
-        dtype = compute_dtype(x, self.dtype, self.param_dtype)
-        y = self.equation.apply(
-            x.astype(dtype),
-            self.weight(),
-            self.kernel_shape,
-            lambda x, w: multiply(x, w, self),
-        )
-        if self.bias is not None:
-            bias = self.bias.get_value().astype(dtype).astype(y.dtype)
-            y = y + self.equation.spread(bias, x.ndim)
+        x = x.astype(compute_dtype(x, self.dtype, self.param_dtype))
+        bias = None if self.bias is None else self.bias.get_value()
+        y = contract(self.equation, x, self.weight(), bias, self.kernel_shape, self)
         return reshard(y, out_sharding)
+
+
+def contract(
+    equation: Equation,
+    x: Float[Array, "..."],
+    w: Any,
+    bias: Any,
+    kernel_shape: Sequence[int],
+    layer: Any,
+) -> Float[Array, "..."]:
+    """`einsum(equation, x, kernel) + bias` in the dtype of `x`.
+
+    Args:
+      equation: the product.
+      x: input, in the compute dtype.
+      w: kernel in matrix form, dense or packed.
+      bias: the kernel axes of the result, or None.
+      kernel_shape: shape of the kernel.
+      layer: has `precision` and `preferred_element_type`, or not.
+    """
+    y = equation.apply(x, w, kernel_shape, lambda x, w: multiply(x, w, layer))
+    if bias is None:
+        return y
+    return y + equation.spread(bias.astype(x.dtype).astype(y.dtype), x.ndim)

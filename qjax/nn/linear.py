@@ -118,11 +118,7 @@ class QEmbed(QuantizedLayer):
           out_sharding: sharding of the result.
         """
         table = self.weight()
-        if hasattr(ops, "embed"):
-            y = ops.embed(ids, table, dtype=self.dtype or table.dtype)
-        else:
-            dense = table if isinstance(table, jax.Array) else table.dequantize()
-            y = jnp.take(dense, ids, axis=0).astype(self.dtype or table.dtype)
+        y = ops.embed(ids, table, dtype=self.dtype)
         return reshard(y, out_sharding)
 
     def attend(
