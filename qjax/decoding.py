@@ -10,6 +10,7 @@ Costs: the cache, `batch * bucket` slots, updated in place; `batch * vocab` byte
 the repetition penalty.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -127,7 +128,9 @@ def _compile(
     decode = jax.jit(functools.partial(_decode, graph), donate_argnums=1).lower(
         params, state, inputs, np.int32(0)
     )
-    return prefill.compile(), decode.compile()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda lowered: lowered.compile(), (prefill, decode))
+    return first, second
 
 
 def _aval(x: Any) -> jax.ShapeDtypeStruct:

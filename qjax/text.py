@@ -26,6 +26,7 @@ from qjax.errors import FormatError, MissingExtraError, SpecError, UnsupportedEr
 _JSON_LIMIT = 16 * 1024 * 1024
 _LEGACY_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+_LAST_OF_WIDTH = (0x7F, 0x7FF, 0xFFFF)  # last characters of 1, 2 and 3 bytes
 _REPLACEMENT = "\ufffd"
 
 
@@ -62,6 +63,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
+        self._largest: tuple[int, int] | None = None  # size of vocabulary, largest id
         self.special_tokens = {
             name: token
             for name in _NAMES
@@ -83,7 +85,10 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """One more than the largest id the tokenizer can produce."""
-        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+        count = self.backend.get_vocab_size()
+        if self._largest is None or self._largest[0] != count:
+            self._largest = (count, max(self.backend.get_vocab().values()))
+        return 1 + self._largest[1]
 
     @property
     def chat_template(self) -> str | None:
@@ -115,7 +120,8 @@ class Tokenizer:
         """
         _check_text(text)
         encoding = self.backend.encode(text, add_special_tokens=False)
-        widths = np.array([len(character.encode()) for character in text], np.int64)
+        letters = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        widths = 1 + sum((letters > top).astype(np.int64) for top in _LAST_OF_WIDTH)
         byte_at = np.concatenate([[0], np.cumsum(widths)])
         ends = np.array([end for _, end in encoding.offsets], np.int64)
         ends = np.maximum.accumulate(byte_at[ends])

@@ -197,7 +197,7 @@ def report_evaluation(
 def _size(
     model: Decoder, stored: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Return a row's sizes, and bytes by component: on disk if known, else in memory."""
+    """Return a row's sizes, and bytes by component: stored if known, else in memory."""
     if stored is None:
         bits, size = bits_per_weight(model)
         parts = memory_by_component(model)

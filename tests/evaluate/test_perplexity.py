@@ -11,6 +11,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from qjax.errors import NonFiniteError, SpecError
 from qjax.evaluate import Scorer, evaluate, plan_windows, score_windows, scoring
+from qjax.formats import Int
+from qjax.models import Decoder, ModelConfig, param_shapes
+from qjax.quantize import quantize
 from qjax.text import Tokenizer
 
 VOCAB, DIM = 258, 8
@@ -120,6 +123,55 @@ def test_result_is_complete():
     assert close(result["top1_agreement"], agree.mean())
     # one token is one byte here
     assert close(result["bits_per_byte"], nll.mean() / np.log(2))
+
+
+def make_decoders():
+    """Return a tiny random Llama and the same with int8 kernels."""
+    config = ModelConfig.from_hf(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": VOCAB,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "rms_norm_eps": 1e-5,
+            "hidden_act": "silu",
+        }
+    )
+    rng = np.random.default_rng(0)
+    params = {
+        name: jnp.asarray(rng.normal(size=shape) * 0.3, jnp.float32)
+        for name, shape in param_shapes(config).items()
+    }
+    packed = {
+        name: quantize(w, Int(bits=8, group=16)) if ".kernel" in name else w
+        for name, w in params.items()
+    }
+    return Decoder(config, params), Decoder(config, packed)
+
+
+def test_decoders():
+    """A decoder, dense or packed, is scored as its own logits say."""
+    dense, packed = make_decoders()
+    windows = plan_windows(np.array(make_tokenizer().encode(TEXT)), "gptq", 32)
+    tokens, mask = next(windows.limit(4).batches(4))
+    result = evaluate(
+        packed, make_tokenizer(), TEXT, context=32, windows=4, baseline=dense
+    )
+    logp, logq = (
+        np.asarray(jax.nn.log_softmax(jax.jit(lambda t, m=m: m(t)[0])(tokens)))[:, :-1]
+        for m in (packed, dense)
+    )
+    keep = mask[:, 1:]
+    nll = -np.take_along_axis(logp, tokens[:, 1:, None], -1)[..., 0][keep]
+    kl = (np.exp(logq) * (logq - logp)).sum(-1)[keep]
+    assert result["perplexity"] == pytest.approx(np.exp(np.mean(nll)), rel=1e-5)
+    assert result["kl_divergence"] == pytest.approx(np.mean(kl), rel=1e-3, abs=1e-7)
+    assert 0 < result["kl_divergence"] < 0.01
 
 
 def test_a_model_against_itself():

@@ -227,8 +227,8 @@ def test_report_of_one_evaluation(tmp_path, models):
         report_evaluation(
             tmp_path, result, packed, baseline=dense, tensor="layers.1.mlp.upp"
         )
-    stored = {"bits_per_weight": 4.5, "size_bytes": 99,
-              "tensors": [{"name": "layers.0.mlp.up.kernel", "nbytes": 99}]}  # fmt: skip
+    tensors = [{"name": "layers.0.mlp.up.kernel", "nbytes": 99}]
+    stored = {"bits_per_weight": 4.5, "size_bytes": 99, "tensors": tensors}
     report_evaluation(tmp_path, result, packed, stored=stored)
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["results"][0]["size_bytes"] == 99
