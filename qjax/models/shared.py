@@ -57,7 +57,7 @@ def read_sizes(
 def read_token_ids(value: Any) -> tuple[int, ...]:
     """Returns the usable ids of a token entry: an id, a list of ids, null or -1."""
     several = value if isinstance(value, list) else [value]
-    return tuple(v for v in several if isinstance(v, int) and v >= 0)
+    return tuple(v for v in several if type(v) is int and v >= 0)
 
 
 def read_activation(r: ConfigReader, *keys: str, default: str) -> str:
@@ -76,6 +76,11 @@ def read_single_rope(
 ) -> Rope:
     """Reads the one rotary table of a family; `part` is the default rotating share."""
     table = r.table("rope_scaling") or r.table("rope_parameters")
+    if table and {"full_attention", "sliding_attention"} & set(table.data):
+        raise UnsupportedError(
+            f"{table.where}: rotary settings per layer type are not supported for this "
+            "architecture"
+        )
     inner = table or r
     share = inner.number(
         "partial_rotary_factor",

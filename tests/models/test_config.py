@@ -133,6 +133,11 @@ def test_missing_keys_are_named(llama):
         ("llama", {"hidden_act": "mish"}, "activation 'mish' is not supported; suppor"),
         ("llama", {"rope_scaling": {"type": "mrope"}}, "rope type 'mrope' is not supp"),
         ("llama", {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5"),
+        (
+            "llama",
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            "rope_parameters: rotary settings per layer type are not supported",
+        ),
         ("opt", {"word_embed_proj_dim": 16}, r"'word_embed_proj_dim' \(16\) differs"),
         ("gpt2", {"add_cross_attention": True}, "'add_cross_attention' is true"),
         ("gemma2", {"use_bidirectional_attention": True}, "causal decoders only"),
