@@ -194,7 +194,7 @@ def family(case: str) -> str:
 
 def make_weight(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     """Draws one tensor: the same for the same name, shape and seed, everywhere."""
-    random = np.random.RandomState(zlib.crc32(name.encode()) ^ seed)  # noqa: NPY002
+    random = np.random.RandomState(zlib.crc32(name.encode()) ^ seed)
     values = random.standard_normal(shape).astype(np.float32) * np.float32(0.2)
     scale = len(shape) == 1 and name.endswith("weight")
     return values + np.float32(1) if scale else values
@@ -202,7 +202,7 @@ def make_weight(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 def make_tokens(seed: int = 0) -> np.ndarray:
     """Draws the token ids of a case."""
-    random = np.random.RandomState(1 + seed)  # noqa: NPY002
+    random = np.random.RandomState(1 + seed)
     return random.randint(3, VOCAB, size=(BATCH, TIME)).astype(np.int32)
 
 
