@@ -21,16 +21,18 @@ arbitrary objects in the leaves; `qjax.checkpoint` validates what it loads.
 """
 
 import dataclasses
+import json
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from qjax.errors import SpecError
 from qjax.formats.affine import Int
-from qjax.formats.base import Format, divided, rounded
+from qjax.formats.base import Format, divided, format_from_dict, rounded
 from qjax.formats.codebook import Dynamic8, TableFormat, pytorch_mean
 from qjax.formats.grouping import Grouping
 from qjax.formats.minifloat import (
@@ -43,7 +45,39 @@ from qjax.formats.minifloat import (
 )
 from qjax.packing import pack, packed_rows, unpack
 
+_T = TypeVar("_T")
 _TINY = float(jnp.finfo(jnp.float32).tiny)
+
+
+def pytree_node(cls: type[_T]) -> type[_T]:
+    """Registers a frozen dataclass as a pytree, also for `jax.export`.
+
+    Static fields travel in exported programs as JSON.
+
+    Args:
+      cls: dataclass with array fields and static fields.
+
+    Returns:
+      `cls`.
+    """
+    cls = jax.tree_util.register_dataclass(cls)
+    return jax.export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"qjax.{cls.__name__}",
+        serialize_auxdata=_dump_static,
+        deserialize_auxdata=_load_static,
+    )
+
+
+def _dump_static(static: tuple) -> bytes:
+    plain = [x.to_dict() if isinstance(x, Format) else x for x in static]
+    return json.dumps(plain).encode()
+
+
+def _load_static(data: bytes | bytearray) -> tuple:
+    values = json.loads(data)
+    loads = {dict: format_from_dict, list: tuple}
+    return tuple(loads.get(type(x), lambda x: x)(x) for x in values)
 
 
 class QuantizedTensor:
@@ -159,7 +193,7 @@ class LayoutTensor(QuantizedTensor):
         return load_scale(self.scale)
 
 
-@jax.tree_util.register_dataclass
+@pytree_node
 @dataclasses.dataclass(frozen=True, repr=False)
 class AffineTensor(LayoutTensor):
     """`w = (code - zero) * scale`, for `Int` formats.
@@ -191,7 +225,7 @@ class AffineTensor(LayoutTensor):
         return values.astype(dtype or self.dtype)
 
 
-@jax.tree_util.register_dataclass
+@pytree_node
 @dataclasses.dataclass(frozen=True, repr=False)
 class CodebookTensor(LayoutTensor):
     """`w = table[code] * scale + offset`, for table formats.
@@ -237,7 +271,7 @@ class CodebookTensor(LayoutTensor):
         return values.astype(dtype or self.dtype)
 
 
-@jax.tree_util.register_dataclass
+@pytree_node
 @dataclasses.dataclass(frozen=True, repr=False)
 class MinifloatTensor(LayoutTensor):
     """`w = float(code) * (scale / global_scale)`, for FP8, MX, NVFP4 and casts.
@@ -352,7 +386,8 @@ def quantize_scale(scale: Float[Array, "*lead s t"], *, signed: bool) -> Codeboo
     matrix = (scale.shape[-2], scale.shape[-1])
     offset = None
     if signed:
-        order = jnp.swapaxes(scale, -1, -2).reshape(*scale.shape[:-2], -1)
+        order = jnp.swapaxes(scale, -1, -2)
+        order = order.reshape(*scale.shape[:-2], math.prod(matrix))
         offset = pytorch_mean(order)[..., None, None]
         scale = scale - offset
     group = fmt.grouping(matrix)

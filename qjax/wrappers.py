@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qjax.errors import SpecError
-from qjax.tensor import QuantizedTensor
+from qjax.tensor import QuantizedTensor, pytree_node
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -59,7 +59,7 @@ class Wrapper(QuantizedTensor):
         return f"{type(self).__name__}({self.base!r})"
 
 
-@jax.tree_util.register_dataclass
+@pytree_node
 @dataclasses.dataclass(frozen=True, repr=False)
 class Transposed(Wrapper):
     """`w = base^T`: a table `[vocab, dim]` whose groups run along `dim`."""
@@ -74,7 +74,7 @@ class Transposed(Wrapper):
         return jnp.swapaxes(w, -1, -2)
 
 
-@jax.tree_util.register_dataclass
+@pytree_node
 @dataclasses.dataclass(frozen=True, repr=False)
 class Permuted(Wrapper):
     """`w[perm[j]] = base[j]`: groups formed in another order of inputs (act-order).
@@ -91,7 +91,7 @@ class Permuted(Wrapper):
         return jnp.take_along_axis(w, inverse[..., :, None], axis=-2)
 
 
-@jax.tree_util.register_dataclass
+@pytree_node
 @dataclasses.dataclass(frozen=True, repr=False)
 class InputScaled(Wrapper):
     """`w = s[:, None] * base`: activations are multiplied by `s` (AWQ unfolded).
@@ -107,7 +107,7 @@ class InputScaled(Wrapper):
         return w * self.s[..., :, None].astype(jnp.float32)
 
 
-@jax.tree_util.register_dataclass
+@pytree_node
 @dataclasses.dataclass(frozen=True, repr=False)
 class Rotated(Wrapper):
     """`w = diag(signs) H base`, `H` a blockwise orthonormal Hadamard matrix.
@@ -127,7 +127,7 @@ class Rotated(Wrapper):
         return turned * self.signs[..., :, None].astype(jnp.float32)
 
 
-@jax.tree_util.register_dataclass
+@pytree_node
 @dataclasses.dataclass(frozen=True, repr=False)
 class WithOutliers(Wrapper):
     """`w = base` plus a sparse correction: `w[rows[k], cols[k]] += values[k]`.
@@ -154,7 +154,7 @@ class WithOutliers(Wrapper):
         return add(w, self.values, self.rows, self.cols)
 
 
-@jax.tree_util.register_dataclass
+@pytree_node
 @dataclasses.dataclass(frozen=True, repr=False)
 class LowRank(Wrapper):
     """`w = base + a b`: low-rank repair of the rounding error.

@@ -167,7 +167,7 @@ def check_choice(where: str, name: str, got: Any, allowed: tuple) -> None:
 
 def check_matrix(where: str, matrix: tuple[int, int], size: int, axis: int) -> None:
     """Raises SpecError when a group is larger than the axis it runs along."""
-    if size > max(matrix[axis], 1):
+    if size > matrix[axis] > 0:
         label = ("in", "out")[axis]
         raise SpecError(
             f"{where}: group of {size} is larger than the {label} axis of a matrix "

@@ -256,7 +256,7 @@ def pytorch_mean(x: Float[Array, "*lead n"]) -> Float[Array, "*lead"]:
     for lane in range(lanes):
         total = total + first[..., lane]
     # Behind the barrier: XLA turns division by a constant into another rounding.
-    return total / jax.lax.optimization_barrier(jnp.float32(n))
+    return total / jax.lax.optimization_barrier(jnp.float32(max(n, 1)))
 
 
 def _cascade(rows):

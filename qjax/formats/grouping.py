@@ -76,7 +76,7 @@ class Grouping:
 
     def join(self, groups: Shaped[Array, "*lead G g N"]) -> Shaped[Array, "*lead i o"]:
         """Inverse of `split`: drops the padding."""
-        *lead, _, _, _ = groups.shape
+        *lead, count, length, width = groups.shape
         rows, cols = self.matrix
         if self.kind in ("tensor", "channel"):
             return groups.reshape(*lead, rows, cols)
@@ -87,7 +87,7 @@ class Grouping:
             tiles = tiles.reshape(*lead, gr, gc, size, size)
             w = jnp.moveaxis(tiles, -2, -3).reshape(*lead, gr * size, gc * size)
             return w[..., :rows, :cols]
-        w = groups.reshape(*lead, -1, groups.shape[-1])
+        w = groups.reshape(*lead, count * length, width)
         if self.kind == "out":
             return jnp.swapaxes(w[..., :cols, :], -1, -2)
         if self.kind == "flat":

@@ -166,6 +166,5 @@ def _empty(shape, fmt: Format) -> LayoutTensor:
         divisor = nvfp4_divisor(jnp.zeros((*lead, 1, 1), jnp.float32))
     if isinstance(fmt, Int) and not fmt.symmetric:
         zero = jnp.zeros_like(ones).astype(fmt.zero_dtype)
-    nested = ones.size == 0 and (getattr(fmt, "double", False))
-    stored = ones if nested else store_scale(fmt, ones, divisor)[0]
+    stored = store_scale(fmt, ones, divisor)[0]
     return assemble(fmt, codes, stored, matrix, zero=zero, global_scale=divisor)
