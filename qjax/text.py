@@ -12,6 +12,7 @@ SentencePiece `tokenizer.model` (or other legacy files) is converted by transfor
 imported at that moment.
 """
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,8 @@ from qjax import chat
 from qjax.errors import FormatError, MissingExtraError, SpecError, UnsupportedError
 
 _JSON_LIMIT = 16 * 1024 * 1024
-_LEGACY_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
+_LEGACY_FILES = (*_SENTENCEPIECE_FILES, "vocab.json", "vocab.txt")
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _LAST_OF_WIDTH = (0x7F, 0x7FF, 0xFFFF)  # last characters of 1, 2 and 3 bytes
 _REPLACEMENT = "\ufffd"
@@ -284,6 +286,14 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 
 def _convert_legacy(folder: str) -> tokenizers.Tokenizer:
     """Convert a slow tokenizer with transformers, never running code from `folder`."""
+    sentencepiece = any(
+        os.path.isfile(os.path.join(folder, name)) for name in _SENTENCEPIECE_FILES
+    )
+    if sentencepiece and importlib.util.find_spec("sentencepiece") is None:
+        raise MissingExtraError(
+            f"{folder}: converting its SentencePiece tokenizer needs a package; run: "
+            "pip install sentencepiece protobuf"
+        )
     try:
         from transformers import AutoTokenizer
 

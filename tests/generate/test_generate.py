@@ -29,24 +29,35 @@ def make_tokenizer(**config):
     return Tokenizer(backend, config={"bos_token": "<s>", **config})
 
 
-@pytest.fixture(scope="module")
-def model():
-    """A random Llama with logits spread widely enough to have clear winners."""
-    config = ModelConfig.from_hf(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": 258,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": CONTEXT,
-            "rms_norm_eps": 1e-5,
-            "hidden_act": "silu",
-        }
-    )
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 258,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "vocab_size": 258,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 72,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+}
+
+
+def make_model(data):
+    """Return a random model with logits spread widely enough to have clear winners."""
+    config = ModelConfig.from_hf(data)
     rng = np.random.default_rng(0)
     params = {
         name: jnp.asarray(rng.normal(size=shape) * 0.3, jnp.float32)
@@ -56,20 +67,26 @@ def model():
 
 
 @pytest.fixture(scope="module")
+def model():
+    """A random Llama."""
+    return make_model(LLAMA)
+
+
+@pytest.fixture(scope="module")
 def tokenizer():
     """Bytes, with nothing added."""
     return make_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def continue_slowly(model):
-    """Greedy continuation by a full forward pass per token, without a cache."""
+def slowly(model):
+    """Return greedy continuation by a full forward pass per token, without a cache."""
     forward = jax.jit(lambda tokens: model(tokens)[0])
+    context = model.config.max_context
 
     def run(ids, count, penalty=1.0):
         ids, start = list(ids), len(ids)
         for _ in range(count):
-            row = np.zeros((1, CONTEXT), np.int32)
+            row = np.zeros((1, context), np.int32)
             row[0, : len(ids)] = ids
             logits = np.array(forward(row)[0, len(ids) - 1])
             for token in set(ids):
@@ -79,6 +96,12 @@ def continue_slowly(model):
         return ids[start:]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def continue_slowly(model):
+    """Greedy continuation of the Llama, the slow way."""
+    return slowly(model)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
@@ -254,3 +277,12 @@ def test_the_whole_context_can_be_used(model, tokenizer, continue_slowly):
     ids = [5, 9, 200] * 50
     result = generate_detailed(model, tokenizer, [ids], CONTEXT - len(ids))[0]
     assert result.tokens == continue_slowly(ids, CONTEXT - len(ids))
+
+
+def test_learned_positions_end_with_the_context(tokenizer):
+    """A model with a position table generates up to its last position."""
+    model = make_model(GPT2)
+    ids = [5, 9, 200, 31, 7] * 8
+    result = generate_detailed(model, tokenizer, [ids, ids[:3]], 32)
+    assert result[0].tokens == slowly(model)(ids, 32)
+    assert result[1].tokens == slowly(model)(ids[:3], 32)

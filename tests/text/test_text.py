@@ -6,7 +6,12 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from qjax.errors import FormatError, SpecError, UnsupportedError
+from qjax.errors import (
+    FormatError,
+    MissingExtraError,
+    SpecError,
+    UnsupportedError,
+)
 from qjax.text import Tokenizer, load_tokenizer
 
 
@@ -163,9 +168,32 @@ def test_bad_folders(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_sentencepiece_names_the_missing_package(tmp_path, monkeypatch):
+    """Without sentencepiece the error is the line that installs it."""
+    (tmp_path / "tokenizer.model").write_bytes(b"garbage")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match="pip install sentencepiece protobuf"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_unconvertible_tokenizer_names_its_reason(tmp_path):
     """A folder whose legacy tokenizer is garbage says how to go on."""
-    (tmp_path / "tokenizer.model").write_bytes(b"garbage")
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises((UnsupportedError, ImportError), match=r"pip install|add token"):
+    (tmp_path / "vocab.json").write_text("garbage")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UnsupportedError, match=r"add tokenizer\.json to the folder"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_code_in_the_folder_is_never_run(tmp_path):
+    """A tokenizer that only code of its own can load is refused."""
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", null]}}'
+    )
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UnsupportedError, match="could not be converted"):
+        load_tokenizer(tmp_path)
+    assert not (tmp_path / "ran").exists()
