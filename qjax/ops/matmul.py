@@ -27,9 +27,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from qjax.errors import SpecError, UnsupportedError
+from qjax.formats import Cast
 from qjax.ops import blocked, rows
 from qjax.ops.blocks import materialize_scale, same_variance
-from qjax.tensor import LayoutTensor, QuantizedTensor
+from qjax.tensor import LayoutTensor, MinifloatTensor, QuantizedTensor
 from qjax.wrappers import (
     InputScaled,
     LowRank,
@@ -179,7 +180,7 @@ def _check(shape, dtype, w, backend):
 def _apply(x, w, transpose, backend):
     """`x W` or `x W^T` for rows of `x`; unwraps wrappers."""
     if not isinstance(w, QuantizedTensor):
-        return _dense(x, w, transpose)
+        return _array(x, w, transpose)
     if isinstance(w, LayoutTensor):
         q = materialize_scale(w)
         if x.shape[0] == 0 or not q.size:
@@ -228,6 +229,25 @@ def _times(x, s, dtype=None):
 
 def _turn(x, dtype):
     return hadamard(x).astype(dtype)
+
+
+def _array(x, w, transpose):
+    """Product with a float array.
+
+    XLA's CPU compiler widens a whole 16-bit weight to multiply it by one row or by
+    float32 activations; there it goes through the packed path as the format `Cast`.
+    """
+    dense = functools.partial(_dense, transpose=transpose)
+    widened = x.shape[0] <= rows.MAX_ROWS or x.dtype != w.dtype
+    if w.dtype.itemsize != 2 or not widened or not x.shape[0] or not w.size:
+        return dense(x, w)
+
+    def packed(x, w):
+        name = w.dtype.name
+        q = MinifloatTensor(w, None, None, Cast(name), w.shape, name)
+        return _product(x, q, transpose, None)
+
+    return lax.platform_dependent(*same_variance((x, w)), cpu=packed, default=dense)
 
 
 def _dense(x, w, transpose):
