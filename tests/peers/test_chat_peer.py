@@ -136,3 +136,29 @@ def test_bundled_tokenizer_agrees(model_path, books_text):
     assert ids == theirs(text)["input_ids"]
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     assert (ours.eos_id, ours.bos_id) == (theirs.eos_token_id, theirs.bos_token_id)
+
+
+def test_sentencepiece_only_folders_convert(tmp_path, calibration_text):
+    """A folder with only `tokenizer.model` gives sentencepiece's own ids."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(calibration_text[:20_000].splitlines()),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=500,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",'
+        '"unk_token": "<unk>", "add_bos_token": true}'
+    )
+    ours = load_tokenizer(tmp_path)
+    theirs = sentencepiece.SentencePieceProcessor()
+    theirs.Load(str(tmp_path / "tokenizer.model"))
+    for text in ("It was the best of times", "naïve  😀 x", "a\nb"):
+        assert ours.encode(text) == [1, *theirs.encode(text)]
+        assert ours.decode(ours.encode(text)) == text
