@@ -7,7 +7,7 @@ from qjax.nn.conv import QConv as QConv
 from qjax.nn.einsum import QEinsum as QEinsum
 from qjax.nn.linear import QEmbed as QEmbed
 from qjax.nn.linear import QLinear as QLinear
-from qjax.nn.quantize import WeightReport as WeightReport
 from qjax.nn.quantize import freeze as freeze
-from qjax.nn.quantize import quantization_report as quantization_report
 from qjax.nn.quantize import quantize_module as quantize_module
+from qjax.nn.report import WeightReport as WeightReport
+from qjax.nn.report import quantization_report as quantization_report

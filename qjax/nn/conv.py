@@ -51,8 +51,9 @@ class QConv(QuantizedLayer):
     def to_matrix(self, w: Float[Array, "..."]) -> Float[Array, "*lead in out"]:
         """The kernel, with any leading axes, as `[*lead, taps * in, out]`."""
         shape = self._kernel_shape
-        if getattr(self, "mask", None) is not None:
-            w = w * self.mask
+        mask = getattr(self, "mask", None)
+        if mask is not None:
+            w = w * mask
         lead = w.shape[: w.ndim - len(shape)]
         return w.reshape(*lead, math.prod(shape[:-1]), shape[-1])
 
@@ -68,7 +69,8 @@ class QConv(QuantizedLayer):
         settings = {k: v for k, v in vars(self).items() if not k.startswith("_")}
         settings["kernel"] = jnp.reshape(dense, self._kernel_shape)
         # Flax's method reads plain attributes, so any object that has them will do.
-        return self.kind.__call__(types.SimpleNamespace(**settings), x, **options)
+        layer: Any = types.SimpleNamespace(**settings)
+        return self.kind.__call__(layer, x, **options)
 
     @property
     def _kernel_shape(self) -> tuple[int, ...]:

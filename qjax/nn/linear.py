@@ -61,6 +61,16 @@ class QLinear(QuantizedLayer):
         self.format = format
         self.method = method
 
+    @property
+    def in_features(self) -> int:
+        """Size of the contracted axis."""
+        return self.kernel.get_value().shape[-2]
+
+    @property
+    def out_features(self) -> int:
+        """Size of the result."""
+        return self.kernel.get_value().shape[-1]
+
     def __call__(
         self, x: Num[Array, "*batch in"], out_sharding: Any = None
     ) -> Float[Array, "*batch out"]:
@@ -108,13 +118,23 @@ class QEmbed(QuantizedLayer):
         self.format = format
         self.method = method
 
+    @property
+    def num_embeddings(self) -> int:
+        """Number of rows."""
+        return self.embedding.get_value().shape[-2]
+
+    @property
+    def features(self) -> int:
+        """Size of a row."""
+        return self.embedding.get_value().shape[-1]
+
     def __call__(
         self, ids: Int[Array, "*batch"], out_sharding: Any = None
     ) -> Float[Array, "*batch dim"]:
         """Looks up rows.
 
         Args:
-          ids: row numbers.
+          ids: row numbers; those outside the table are clipped.
           out_sharding: sharding of the result.
         """
         table = self.weight()
@@ -150,10 +170,18 @@ def multiply(x: Float[Array, "*batch in"], w: Any, layer: Any) -> Float[Array, "
             x = x.astype(jnp.promote_types(x.dtype, wanted))
     scope = contextlib.nullcontext()
     if precision is not None:
-        scope = jax.default_matmul_precision(precision)
+        scope = jax.default_matmul_precision(_precision_name(precision))
     with scope:
         y = ops.matmul(x, w)
     return y if wanted is None else y.astype(wanted)
+
+
+def _precision_name(precision: Any) -> str:
+    """What `jax.default_matmul_precision` calls a precision; of a pair, the first."""
+    if isinstance(precision, tuple):
+        precision = precision[0]
+    name = getattr(precision, "name", precision)
+    return name.lower() if isinstance(precision, jax.lax.Precision) else str(name)
 
 
 def reshard(y: Array, out_sharding: Any) -> Array:

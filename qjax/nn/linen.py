@@ -27,7 +27,8 @@ from qjax.errors import SpecError, UnsupportedError
 from qjax.formats import Format, Int
 from qjax.methods import Method
 from qjax.nn.base import compute_dtype, fake_quantize
-from qjax.nn.einsum import Equation, contract, general_equation, parse_einsum
+from qjax.nn.einsum import contract
+from qjax.nn.equation import Equation, general_equation, parse_einsum
 from qjax.nn.linear import multiply, transpose
 from qjax.recipes import Recipe
 from qjax.tensor import QuantizedTensor

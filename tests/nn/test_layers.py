@@ -10,7 +10,7 @@ from qjax.formats import FP8, NF4, Int
 from qjax.methods import quantize
 from qjax.nn import QEmbed, QLinear, QuantizedParam
 
-FORMATS = [Int(4, 16), Int(8, "channel"), NF4(32), FP8("e4m3", "channel")]
+FORMATS = [Int(4, 16), NF4(32), FP8("e4m3", "channel")]
 
 
 def near(a, b, tolerance=1e-5):
@@ -53,7 +53,7 @@ def test_stacked_layers_scan(rng):
 
 
 @pytest.mark.parametrize(
-    "fmt", [None, *FORMATS], ids=lambda f: f.name if f else "dense"
+    "fmt", [None, Int(4, 16), NF4(32)], ids=lambda f: f.name if f else "dense"
 )
 def test_embed_looks_up_and_attends(rng, fmt):
     table = jnp.asarray(rng.normal(size=(40, 64)), jnp.float32)

@@ -70,7 +70,7 @@ def grown(variables, packed):
 
 @pytest.fixture(scope="module")
 def variables():
-    return Model().init(jax.random.key(0), IDS)
+    return jax.jit(Model().init)(jax.random.key(0), IDS)
 
 
 @pytest.mark.parametrize("by_tree", [False, True], ids=["layers", "tree"])
@@ -87,7 +87,7 @@ def test_a_model_runs_on_packed_parameters(variables, by_tree):
         assert packed["params"]["Own_0"]["kernel"].shape == (16, 16)
     assert model_size(packed).nbytes < model_size(variables).nbytes
     y = jax.jit(lambda v, ids: linen.apply(model, v, ids))(packed, IDS)
-    near(y, model.apply(grown(variables, packed), IDS))
+    near(y, jax.jit(model.apply)(grown(variables, packed), IDS))
 
 
 def test_packed_products_do_not_decode(variables, monkeypatch):
@@ -104,8 +104,10 @@ def test_packed_products_do_not_decode(variables, monkeypatch):
 
 
 def test_results_keep_packed_leaves_packed(variables):
-    packed = linen.quantize_params(Model(), variables, ALL, IDS)
-    _, changed = linen.apply(Model(), packed, IDS, mutable=["params"])
+    recipe = Recipe((Rule("*Einsum_0.kernel", FMT), Rule("*embedding", FMT)))
+    packed = linen.quantize_params(Model(), variables, recipe, IDS)
+    run = jax.jit(lambda v: linen.apply(Model(), v, IDS, mutable=["params"]))
+    _, changed = run(packed)
     kinds = jax.tree.leaves(jax.tree.map(type, changed, is_leaf=is_quantized))
     before = jax.tree.leaves(jax.tree.map(type, packed, is_leaf=is_quantized))
     assert kinds == before

@@ -23,7 +23,7 @@ from qjax.nn import (
     quantization_report,
     quantize_module,
 )
-from qjax.nn.einsum import Equation, general_equation, parse_einsum
+from qjax.nn.equation import Equation, general_equation, parse_einsum
 from qjax.recipes import Recipe, Rule
 from qjax.tensor import QuantizedTensor
 
@@ -39,7 +39,7 @@ LAYERS = {
         8,
         dtype=jnp.bfloat16,
         preferred_element_type=jnp.float32,
-        precision="highest",
+        precision=jax.lax.Precision.HIGHEST,
         use_bias=False,
         rngs=r,
     ),
@@ -104,11 +104,23 @@ def test_layers_are_drop_in(rng, make):
     near(run(live, x), y, 1e-2 if low else 2e-6)
 
 
+def test_precision_is_that_of_the_layer():
+    x = jnp.ones((2, 16), jnp.bfloat16)
+    for given, wanted in [
+        (jax.lax.Precision.HIGHEST, "HIGHEST"),
+        ("high", "HIGH"),
+        ((jax.lax.Precision.HIGH, jax.lax.Precision.DEFAULT), "HIGH"),
+    ]:
+        layer = QLinear(jnp.ones((16, 8)), precision=given)
+        assert f"Precision.{wanted}" in str(jax.make_jaxpr(layer)(x))
+
+
 def test_embed_is_drop_in(rng):
     layer = nnx.Embed(12, 16, rngs=nnx.Rngs(0))
     live = quantize_module(layer, ALL)
     packed = freeze(live)
     assert isinstance(packed, QEmbed)
+    assert (packed.num_embeddings, packed.features) == (12, 16)
     dense = packed.quantized().dequantize()
     assert dense.shape == (12, 16)
     ids = jnp.asarray([[3, 11]], jnp.int32)
@@ -297,7 +309,7 @@ def test_report_lists_every_parameter_with_its_reason():
     assert report["d.kernel"].format == "int4-g8"
     assert "summed over" in report["e.kernel"].reason
     assert report["head.kernel"].reason == "no rule of the recipe"
-    assert "not a layer" in report["table"].reason
+    assert "but Mixed" in report["table"].reason
     frozen = {e.path: e for e in quantization_report(freeze(live))}
     assert frozen["a.kernel"].state == "frozen"
     assert frozen["a.kernel"].nbytes == 16 * 8 + 2 * 16 * 4
@@ -308,6 +320,7 @@ def test_report_lists_every_parameter_with_its_reason():
 def test_printing_shows_format_and_size():
     live = quantize_module(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), FMT)
     assert "format=int4-g8" in str(live) and "method=rtn" in str(live)
+    assert (live.in_features, freeze(live).out_features) == (16, 8)
     text = str(freeze(live))
     assert "QLinear(" in text
     assert "AffineTensor(int4-g8, [16, 8], 8.000 bits/weight, 128 B)" in text
