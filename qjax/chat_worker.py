@@ -32,15 +32,13 @@ def limit_resources(memory_bytes, seconds):
             continue
 
 
-def build_environment():
-    """Return the sandboxed environment chat templates are compiled in."""
-    import jinja2
+def make_extension():
+    """Return the extension that renders `{% generation %}` blocks as their body."""
     from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.ext import Extension
 
     class Generation(Extension):
-        """Renders `{% generation %}...{% endgeneration %}` as its body."""
+        """Marks what the assistant says, for training; nothing to do here."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -49,45 +47,63 @@ def build_environment():
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body).set_lineno(line)
 
+    return Generation
+
+
+def make_namespace():
+    """Return a `namespace` that holds no private names."""
+    import jinja2
+
+    def check(name):
+        if isinstance(name, str) and name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"private name {name!r}")
+
     class Namespace(jinja2.utils.Namespace):
-        """A namespace that holds no private names."""
+        """Variables that survive the end of a loop's body."""
 
         def __init__(self, /, *args, **kwargs):
             values = dict(*args, **kwargs)
             for name in values:
-                check_name(name)
+                check(name)
             super().__init__(values)
 
         def __setitem__(self, name, value):
-            check_name(name)
+            check(name)
             super().__setitem__(name, value)
 
-    def check_name(name):
-        if isinstance(name, str) and name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"private name {name!r}")
+    return Namespace
+
+
+def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """Return JSON as Hugging Face templates expect it: no HTML escapes."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def build_environment():
+    """Return the sandboxed environment chat templates are compiled in."""
+    import jinja2
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def raise_exception(message):
         raise jinja2.exceptions.TemplateError(str(message))
 
-    def tojson(
-        value, ensure_ascii=False, indent=None, separators=None, sort_keys=False
-    ):
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[make_extension(), loopcontrols],
     )
     environment.filters["tojson"] = tojson
     environment.globals.update(
         raise_exception=raise_exception,
         strftime_now=lambda form: datetime.now().strftime(form),
-        namespace=Namespace,
+        namespace=make_namespace(),
         dict=lambda *args, **kwargs: dict(*args, **kwargs),
     )
     return environment

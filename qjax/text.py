@@ -4,16 +4,10 @@ Decides: which tokens open a prompt (what the tokenizer's own post-processor or
 `add_bos_token` says), which ids end a text (the tokenizer's and those of
 `generation_config.json`), and how tokens become text while they arrive.
 
-Refuses: a tokenizer with more ids than the model has rows, files that are no tokenizer,
-and any code that a model folder brings along.
-
-`tokenizer.json` is read by the `tokenizers` package alone. A folder with only a
-SentencePiece `tokenizer.model` (or other legacy files) is converted by transformers,
-imported at that moment.
+Refuses: a tokenizer with more ids than the model has rows, and text that UTF-8 cannot
+spell. Files are `qjax.text_files`, templates `qjax.chat`.
 """
 
-import importlib.util
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,11 +16,9 @@ import numpy as np
 import tokenizers
 
 from qjax import chat
-from qjax.errors import FormatError, MissingExtraError, SpecError, UnsupportedError
+from qjax.errors import SpecError
+from qjax.text_files import read_files
 
-_JSON_LIMIT = 16 * 1024 * 1024
-_SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
-_LEGACY_FILES = (*_SENTENCEPIECE_FILES, "vocab.json", "vocab.txt")
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _LAST_OF_WIDTH = (0x7F, 0x7FF, 0xFFFF)  # last characters of 1, 2 and 3 bytes
 _REPLACEMENT = "\ufffd"
@@ -261,102 +253,13 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         MissingExtraError: A legacy tokenizer needs a package that is not installed.
         UnsupportedError: A legacy tokenizer could not be converted.
     """
-    folder = os.fspath(directory)
-    path = os.path.join(folder, "tokenizer.json")
-    if os.path.isfile(path):
-        try:
-            backend = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:  # the package raises plain Exception
-            raise FormatError(f"{path}: not a valid tokenizer: {error}") from None
-    elif any(os.path.isfile(os.path.join(folder, name)) for name in _LEGACY_FILES):
-        backend = _convert_legacy(folder)
-    else:
-        raise SpecError(
-            f"{folder}: no tokenizer found; expected tokenizer.json or tokenizer.model"
-        )
-    config = _read_json(folder, "special_tokens_map.json")
-    config |= _read_json(folder, "tokenizer_config.json")
+    files = read_files(directory)
     return Tokenizer(
-        backend,
-        config=config,
-        generation_config=_read_json(folder, "generation_config.json"),
-        chat_templates=_read_templates(folder, config),
+        files.backend,
+        config=files.config,
+        generation_config=files.generation_config,
+        chat_templates=files.chat_templates,
     )
-
-
-def _convert_legacy(folder: str) -> tokenizers.Tokenizer:
-    """Convert a slow tokenizer with transformers, never running code from `folder`."""
-    sentencepiece = any(
-        os.path.isfile(os.path.join(folder, name)) for name in _SENTENCEPIECE_FILES
-    )
-    if sentencepiece and importlib.util.find_spec("sentencepiece") is None:
-        raise MissingExtraError(
-            f"{folder}: converting its SentencePiece tokenizer needs a package; run: "
-            "pip install sentencepiece protobuf"
-        )
-    try:
-        from transformers import AutoTokenizer
-
-        slow = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
-        return slow.backend_tokenizer
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{folder}: converting its tokenizer needs a missing package "
-            f"({str(error).strip().splitlines()[0]}); run: "
-            "pip install transformers sentencepiece protobuf"
-        ) from None
-    except Exception as error:
-        raise UnsupportedError(
-            f"{folder}: its tokenizer has no tokenizer.json and could not be converted "
-            f"({type(error).__name__}: {_first_line(error)}); convert it once with "
-            "transformers and add tokenizer.json to the folder"
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else "no reason given"
-
-
-def _read_json(folder: str, name: str) -> dict[str, Any]:
-    """Return a JSON object, or {} where the file does not exist.
-
-    Laxer than `qjax.io.json`: tokenizers write `model_max_length` as 10^30.
-    """
-    path = os.path.join(folder, name)
-    if not os.path.isfile(path):
-        return {}
-    if os.path.getsize(path) > _JSON_LIMIT:
-        raise FormatError(f"{path}: larger than {_JSON_LIMIT} bytes")
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise FormatError(f"{path}: got {type(value).__name__}, expected an object")
-    return value
-
-
-def _read_templates(folder: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """Return template sources by name; a file of its own wins over the config."""
-    listed = config.get("chat_template")
-    templates: dict[str, str] = {}
-    if isinstance(listed, str):
-        templates["default"] = listed
-    elif isinstance(listed, list):
-        for item in listed:
-            if isinstance(item, dict) and isinstance(item.get("template"), str):
-                templates[str(item.get("name"))] = item["template"]
-    path = os.path.join(folder, "chat_template.jinja")
-    if os.path.isfile(path) and os.path.getsize(path) <= chat.SOURCE_LIMIT:
-        with open(path, encoding="utf-8") as file:
-            templates["default"] = file.read()
-    elif os.path.isfile(path):
-        raise FormatError(f"{path}: larger than {chat.SOURCE_LIMIT} bytes")
-    return templates
 
 
 def _check_text(text: Any) -> None:

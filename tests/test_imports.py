@@ -36,6 +36,7 @@ LAYERS = [
     ["nn"],
     ["chat_worker"],
     ["chat"],
+    ["text_files"],
     ["models", "text", "sampling"],
     ["converters"],
     ["specs"],

@@ -257,23 +257,30 @@ def plot_memory(memory: Mapping[str, Mapping[str, int]], path: Path) -> Path:
                 fontweight="bold",
                 fontsize=10,
             )
-        axes.invert_yaxis()
-        axes.set_xlim(0, float(start.max()) * 1.16)
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.spines["left"].set_visible(False)
-        axes.grid(True, axis="x")
-        axes.set_xlabel(f"size ({unit})")
-        figure.suptitle("Memory by component", x=0.01, ha="left", fontweight="bold")
-        figure.legend(
-            *axes.get_legend_handles_labels(),
-            loc="outside upper right",
-            ncols=len(components),
-            frameon=False,
-            handlelength=1,
-            columnspacing=1.2,
-            fontsize=10,
-        )
+        _finish_bars(figure, axes, float(start.max()), unit, len(components))
         return save(figure, path)
+
+
+def _finish_bars(
+    figure: Any, axes: Any, largest: float, unit: str, components: int
+) -> None:
+    """Set limits, titles and legend of the memory plot."""
+    axes.invert_yaxis()
+    axes.set_xlim(0, largest * 1.16)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.spines["left"].set_visible(False)
+    axes.grid(True, axis="x")
+    axes.set_xlabel(f"size ({unit})")
+    figure.suptitle("Memory by component", x=0.01, ha="left", fontweight="bold")
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside upper right",
+        ncols=components,
+        frameon=False,
+        handlelength=1,
+        columnspacing=1.2,
+        fontsize=10,
+    )
 
 
 def _unit(size: float) -> tuple[str, float]:
