@@ -34,6 +34,8 @@ from qjax.io.safetensors import SafetensorsFile
 __all__ = ["Checkpoint", "open_checkpoint", "write_checkpoint"]
 
 WINDOW = 256 << 20
+ARCHITECTURE_KEYS = ("_remove_final_layer_norm",)
+"""Keys that start like internal ones but describe the architecture (OPT)."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -141,7 +143,7 @@ class Checkpoint:
     def _without_code(self, config: dict[str, Any], prefix: str) -> dict[str, Any]:
         kept: dict[str, Any] = {}
         for key, value in config.items():
-            if key.startswith("_") or key == "auto_map" or "remote_code" in key:
+            if _asks_for_code(key):
                 self.ignored_config += (prefix + key,)
             elif isinstance(value, dict):
                 kept[key] = self._without_code(value, f"{prefix}{key}.")
@@ -264,6 +266,12 @@ class Checkpoint:
             raise SpecError(
                 f"{shown(self.directory)}: no tensor {name!r} in the checkpoint"
             ) from None
+
+
+def _asks_for_code(key: str) -> bool:
+    """Whether a configuration key names code, or is internal to transformers."""
+    internal = key.startswith("_") and key not in ARCHITECTURE_KEYS
+    return internal or key == "auto_map" or "remote_code" in key
 
 
 def _line(name: str, data: bytes) -> str:

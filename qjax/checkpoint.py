@@ -42,7 +42,7 @@ from qjax.io.json import encode_object, parse_object, read_object
 from qjax.io.safetensors import SafetensorsFile, SafetensorsWriter
 from qjax.io.staging import StagingDirectory
 from qjax.specs import describe, rebuild
-from qjax.tensor import QuantizedTensor
+from qjax.tensor import QuantizedTensor, with_dtype
 from qjax.wrappers import Wrapper
 
 MANIFEST = "qjax.json"
@@ -402,7 +402,7 @@ def hold(leaf: Any, dtype: Any) -> Any:
         return jnp.asarray(leaf).astype(dtype)
     if isinstance(leaf, Wrapper):
         return dataclasses.replace(leaf, base=hold(leaf.base, dtype))
-    return dataclasses.replace(leaf, dtype=jnp.dtype(dtype).name)
+    return with_dtype(leaf, jnp.dtype(dtype).name)
 
 
 def save(

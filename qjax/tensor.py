@@ -316,6 +316,11 @@ def dequantize(q: QuantizedTensor, dtype: Any = None) -> Float[Array, "..."]:
     return q.dequantize(dtype)
 
 
+def with_dtype(q: QuantizedTensor, dtype: str) -> QuantizedTensor:
+    """The same codes with another logical dtype (what `dequantize()` returns)."""
+    return dataclasses.replace(q, dtype=dtype)  # pyright: ignore[reportArgumentType]
+
+
 def load_scale(scale: Any) -> Float[Array, "*lead s t"]:
     """Float32 value of a stored scale: nested, E8M0 (uint8), float8 or float."""
     if isinstance(scale, QuantizedTensor):

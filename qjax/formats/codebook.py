@@ -190,7 +190,7 @@ def dynamic_map(signed: bool) -> np.ndarray:
 
     Reference: bitsandbytes `functional.create_dynamic_map(signed, 7, 8)`.
     """
-    values = [np.float32([0.0, 1.0])]
+    values = [np.array([0.0, 1.0], np.float32)]
     for i in range(7):
         cells = 2**i if signed else 2 ** (i + 1)
         edges = _linspace(cells)
@@ -264,11 +264,10 @@ def _cascade(rows):
     count = rows.shape[0]
     power = max(4, (max(count, 1) - 1).bit_length() // 4)
     step = 1 << power
-    acc = None
+    acc = jnp.zeros(rows.shape[1:], jnp.float32)
     for _ in range(3):
         full = rows.shape[0] // step
-        rest = _sequential(rows[full * step :])
-        acc = rest if acc is None else acc + rest
+        acc = acc + _sequential(rows[full * step :])
         chunks = rows[: full * step].reshape(full, step, *rows.shape[1:])
         rows = _sequential(jnp.moveaxis(chunks, 1, 0))
     return acc + _sequential(rows)

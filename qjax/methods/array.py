@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 from qjax.errors import NonFiniteError, SpecError
@@ -24,6 +25,7 @@ from qjax.tensor import (
     assemble,
     nvfp4_divisor,
     store_scale,
+    with_dtype,
 )
 from qjax.wrappers import Transposed
 
@@ -95,7 +97,7 @@ def quantize(
     else:
         fmt.grouping(matrix)  # a group that does not fit is reported before any work
         w = jnp.asarray(w, _compute_dtype(dtype))
-        if nonfinite == "raise" and not isinstance(w, jax.core.Tracer):
+        if nonfinite == "raise" and not isinstance(w, Tracer):
             _check_finite(w, name, transposed=axis == -1)
         q = _quantize(
             w,
@@ -107,13 +109,6 @@ def quantize(
         )
     q = with_dtype(q, "float32" if dtype == jnp.float64 else dtype.name)
     return Transposed(q) if axis == -1 else q
-
-
-def with_dtype(q: QuantizedTensor, dtype: str) -> QuantizedTensor:
-    """The same codes with another logical dtype (what `dequantize()` returns)."""
-    import dataclasses
-
-    return dataclasses.replace(q, dtype=dtype)  # pyright: ignore[reportArgumentType]
 
 
 def _compute_dtype(dtype):

@@ -269,18 +269,9 @@ def _grid_search(p: Problem, low, high, shrink: float, grid: int):
     """Best of `grid` ranges `f * [low, high]`, `f` from 1 down to `shrink`."""
 
     def step(i, best):
-        error, scale, zero = best
         fraction = 1.0 - (1.0 - shrink) * i.astype(jnp.float32) / (grid - 1)
-        new_scale, new_zero = p.from_range(low * fraction, high * fraction)
-        new_error = p.error(new_scale, new_zero)
-        better = new_error < error
-        if zero is not None:
-            zero = jnp.where(better, new_zero, zero)
-        return (
-            jnp.where(better, new_error, error),
-            jnp.where(better, new_scale, scale),
-            zero,
-        )
+        scale, zero = p.from_range(low * fraction, high * fraction)
+        return _keep_better(best, p.error(scale, zero), scale, zero)
 
     scale, zero = p.from_range(low, high)
     start = (p.error(scale, zero), scale, zero)
@@ -315,22 +306,24 @@ def refine(p: Problem, scale, zero, steps: int = 4):
         shift = (c1 * new - w1) / (jnp.where(n > 0, n, 1.0) * new)
         return new, p.stored_zero(zero + shift)
 
-    def step(_, state):
-        error, scale, zero = state
-        new_scale, new_zero = solve(scale, zero)
-        new_error = p.error(new_scale, new_zero)
-        better = new_error < error
-        if zero is not None:
-            zero = jnp.where(better, new_zero, zero)
-        return (
-            jnp.where(better, new_error, error),
-            jnp.where(better, new_scale, scale),
-            zero,
-        )
+    def step(_, best):
+        scale, zero = solve(*best[1:])
+        return _keep_better(best, p.error(scale, zero), scale, zero)
 
     start = (p.error(scale, zero), scale, zero)
     _, scale, zero = jax.lax.fori_loop(0, steps, step, start)
     return scale, zero
+
+
+def _keep_better(best, error, scale, zero):
+    """Per group, the old or the new `(error, scale, zero)`, whichever errs less."""
+    better = error < best[0]
+
+    def pick(new, old):
+        return jnp.where(better, new, old)
+
+    kept = None if zero is None else pick(zero, best[2])
+    return pick(error, best[0]), pick(scale, best[1]), kept
 
 
 def _absmax_table(p: Problem, key) -> QuantizedTensor:
