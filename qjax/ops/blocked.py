@@ -25,6 +25,7 @@ from qjax.ops.blocks import (
     cut_leaf,
     cut_step,
     decode,
+    replaced,
     take,
     windows,
     zeros_like_sum,
@@ -142,7 +143,7 @@ def leaf_gradients(
     """
     leaves = {
         f.name: getattr(q, f.name)
-        for f in dataclasses.fields(q)
+        for f in dataclasses.fields(q)  # pyright: ignore[reportArgumentType]
         if not f.metadata.get("static") and getattr(q, f.name) is not None
     }
     floats = {k: v for k, v in leaves.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
@@ -151,7 +152,7 @@ def leaf_gradients(
     def part(start, size):
         block = take(q, "out", start, size)
         inputs = {name: getattr(block, name) for name in floats}
-        _, pull = jax.vjp(lambda v: decode(dataclasses.replace(block, **v)), inputs)
+        _, pull = jax.vjp(lambda v: decode(replaced(block, **v)), inputs)
         columns = cut_leaf(b, start, size, 1).astype(jnp.float32)
         return pull(_dot(across, columns, False))[0]
 
@@ -171,7 +172,7 @@ def leaf_gradients(
         name: total[name].astype(v.dtype) if name in total else _float0(v)
         for name, v in leaves.items()
     }
-    return dataclasses.replace(q, **grads)
+    return replaced(q, **grads)
 
 
 def _put(total, grad, window):

@@ -31,10 +31,15 @@ Window = tuple[int, Any, int]
 FLOAT8 = (jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
+def replaced(q: Any, **fields: Any) -> Any:
+    """`dataclasses.replace` for classes whose base is not itself a dataclass."""
+    return dataclasses.replace(q, **fields)
+
+
 def materialize_scale(q: LayoutTensor) -> LayoutTensor:
     """Decodes a nested (doubly quantized) scale to float32; costs one scale array."""
     if isinstance(q.scale, QuantizedTensor):
-        return dataclasses.replace(q, scale=load_scale(q.scale))
+        return replaced(q, scale=load_scale(q.scale))
     return q
 
 
@@ -127,7 +132,7 @@ def take(q: LayoutTensor, axis: Axis, start: Any, size: int) -> LayoutTensor:
     }
     rows, cols = q.matrix
     matrix = (size, cols) if axis == "in" else (rows, size)
-    return dataclasses.replace(q, matrix=matrix, **cut)
+    return replaced(q, matrix=matrix, **cut)
 
 
 def cut_leaf(leaf: Shaped[Array, "..."], start: Any, size: int, axis: int) -> Array:

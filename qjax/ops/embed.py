@@ -56,7 +56,7 @@ def embed(
         raise SpecError(
             f"embed: the table has shape {list(table.shape)}, expected [vocab, dim]"
         )
-    dtype = dtype or table.dtype
+    dtype = dtype or table.dtype  # pyright: ignore[reportAttributeAccessIssue]
     vocab, dim = table.shape
     if not vocab or not ids.size:
         if ids.size:

@@ -1,10 +1,8 @@
 """`matmul`: activations times a dense or quantized weight, with its gradient.
 
-What runs is one of the backends of `BACKENDS`; `backend=None` takes the first of
-`PREFERENCE` for the platform the program is compiled for that can do the product, and
-`explain` says which and why. A packed weight is never expanded: forward and backward
-decode blocks, and the residuals of the gradient are the activations and the packed
-weight alone.
+What runs is one of the backends of `qjax.ops.product`; `backend=None` takes the first
+of those preferred on the platform the program is compiled for that can do the product,
+and `explain` says which and why.
 
 Wrappers are applied to activations and results, not to weights, so the same few
 backends serve all of them.
@@ -14,11 +12,8 @@ run along the sharded axis as well and XLA then moves blocks between devices; in
 `jax.shard_map` every device loops over its own shard.
 """
 
-import dataclasses
 import functools
-import logging
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,10 +22,15 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from qjax.errors import SpecError, UnsupportedError
-from qjax.formats import Cast
-from qjax.ops import blocked, rows
 from qjax.ops.blocks import materialize_scale, same_variance
-from qjax.tensor import LayoutTensor, MinifloatTensor, QuantizedTensor
+from qjax.ops.product import (
+    BACKENDS,
+    array_product,
+    choose,
+    dense_product,
+    product,
+)
+from qjax.tensor import LayoutTensor, QuantizedTensor
 from qjax.wrappers import (
     InputScaled,
     LowRank,
@@ -41,53 +41,8 @@ from qjax.wrappers import (
     hadamard,
 )
 
-logger = logging.getLogger("qjax.ops")
-
 OUTLIER_BLOCK = 1 << 20
 """Products of outliers held at a time."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Backend:
-    """One way to multiply by a packed matrix.
-
-    Attributes:
-      summary: what it does, for `explain`.
-      obstacle: `(rows of x, weight, transpose)` to the reason it cannot, or None.
-      run: `(x [m, k], weight, transpose)` to the product in the dtype of `x`.
-    """
-
-    summary: str
-    obstacle: Callable[[int, LayoutTensor, bool], str | None]
-    run: Callable[[Float[Array, "m k"], LayoutTensor, bool], Float[Array, "m n"]]
-
-
-def _run_xla(x, q, transpose):
-    """Block dtype and row padding differ between CPU and accelerators."""
-    return lax.platform_dependent(
-        x,
-        q,
-        cpu=functools.partial(blocked.contract, transpose=transpose, cpu=True),
-        default=functools.partial(blocked.contract, transpose=transpose, cpu=False),
-    )
-
-
-BACKENDS: dict[str, Backend] = {
-    "cpu": Backend(
-        "decodes rows of the packed weight in registers, float32, exact activations",
-        rows.obstacle,
-        lambda x, q, transpose: rows.matvec(x, q),
-    ),
-    "xla": Backend(
-        "decodes blocks of the weight, one matrix product per block",
-        lambda m, q, transpose: None,
-        _run_xla,
-    ),
-}
-"""Backends by name."""
-
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "xla"), "default": ("xla",)}
-"""Backends to try in order, by platform."""
 
 
 def matmul(
@@ -105,7 +60,8 @@ def matmul(
       x: float activations `[*batch, in]`; rank 1 is a single row.
       w: float array `[in, out]`, or a quantized tensor of that shape. Stacked weights
         are for `jax.vmap` and `jax.lax.scan`.
-      backend: None picks; `"cpu"` and `"xla"` are described in `BACKENDS`;
+      backend: None picks; `"cpu"` and `"xla"` are described in
+        `qjax.ops.product.BACKENDS`;
         `"reference"` is `x @ w.dequantize()`, for comparison.
 
     Returns:
@@ -122,7 +78,7 @@ def matmul(
     _check(x.shape, x.dtype, w, backend)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if isinstance(w, QuantizedTensor) and backend == "reference":
-        y = _dense(flat, w.dequantize(jnp.float32), False)
+        y = dense_product(flat, w.dequantize(jnp.float32), False)
     else:
         y = _apply(flat, w, False, backend)
     return y.reshape(*x.shape[:-1], w.shape[-1])
@@ -152,7 +108,7 @@ def explain(x_shape: tuple[int, ...], w: Any) -> str:
         return f"dense: one matrix product with a {w.dtype} array{via}"
     m = math.prod(x_shape[:-1])
     platform = jax.default_backend()
-    name, refused = _choose(platform, m, w, transpose)  # pyright: ignore[reportArgumentType]
+    name, refused = choose(platform, m, w, transpose)  # pyright: ignore[reportArgumentType]
     because = "".join(f"; not {other}: {why}" for other, why in refused)
     count = f"{m} row{'' if m == 1 else 's'} of x"
     summary = BACKENDS[name].summary
@@ -177,26 +133,30 @@ def _check(shape, dtype, w, backend):
         )
 
 
-def _apply(x, w, transpose, backend):
+def _apply(x, w: Any, transpose, backend):
     """`x W` or `x W^T` for rows of `x`; unwraps wrappers."""
     if not isinstance(w, QuantizedTensor):
-        return _array(x, w, transpose)
+        return array_product(x, w, transpose)
     if isinstance(w, LayoutTensor):
         q = materialize_scale(w)
         if x.shape[0] == 0 or not q.size:
             return jnp.zeros((x.shape[0], q.matrix[0 if transpose else 1]), x.dtype)
         x, q = same_variance((x, q))
-        return _product(x, q, transpose, backend)
+        return product(x, q, transpose, backend)
     if isinstance(w, Transposed):
         return _apply(x, w.base, not transpose, backend)
     if isinstance(w, LowRank):
         y = _apply(x, w.base, transpose, backend)
         first, second = (w.b.T, w.a.T) if transpose else (w.a, w.b)
-        return y + _dense(_dense(x, first, False), second, False)
+        return y + dense_product(dense_product(x, first, False), second, False)
     if isinstance(w, WithOutliers):
         y = _apply(x, w.base, transpose, backend)
         source, target = (w.cols, w.rows) if transpose else (w.rows, w.cols)
         return _add_outliers(y, x, w.values, source, target)
+    if not isinstance(w, InputScaled | Permuted | Rotated):
+        raise UnsupportedError(
+            f"matmul: no rule for {type(w).__name__}; use matmul(x, w.dequantize())"
+        )
     before, after = _sides(w)
     if transpose:
         return after(_apply(x, w.base, True, backend))
@@ -213,52 +173,14 @@ def _sides(w):
     if isinstance(w, InputScaled):
         scale = lambda x: _times(x, w.s)  # noqa: E731
         return scale, scale
-    if isinstance(w, Rotated):
-        return (
-            lambda x: _turn(_times(x, w.signs, jnp.float32), x.dtype),
-            lambda y: _times(_turn(y.astype(jnp.float32), y.dtype), w.signs),
-        )
-    raise UnsupportedError(
-        f"matmul: no rule for {type(w).__name__}; use matmul(x, w.dequantize())"
+    return (
+        lambda x: hadamard(_times(x, w.signs, jnp.float32)).astype(x.dtype),
+        lambda y: _times(hadamard(y.astype(jnp.float32)).astype(y.dtype), w.signs),
     )
 
 
 def _times(x, s, dtype=None):
     return (x.astype(jnp.float32) * s.astype(jnp.float32)).astype(dtype or x.dtype)
-
-
-def _turn(x, dtype):
-    return hadamard(x).astype(dtype)
-
-
-def _array(x, w, transpose):
-    """Product with a float array.
-
-    XLA's CPU compiler widens a whole 16-bit weight to multiply it by one row or by
-    float32 activations; there it goes through the packed path as the format `Cast`.
-    """
-    dense = functools.partial(_dense, transpose=transpose)
-    widened = x.shape[0] <= rows.MAX_ROWS or x.dtype != w.dtype
-    if w.dtype.itemsize != 2 or not widened or not x.shape[0] or not w.size:
-        return dense(x, w)
-
-    def packed(x, w):
-        name = w.dtype.name
-        q = MinifloatTensor(w, None, None, Cast(name), w.shape, name)
-        return _product(x, q, transpose, None)
-
-    return lax.platform_dependent(*same_variance((x, w)), cpu=packed, default=dense)
-
-
-def _dense(x, w, transpose):
-    """Product with a float array, in the wider of the two dtypes."""
-    with jax.numpy_dtype_promotion("standard"):  # strict mode has no wider dtype
-        dtype = jnp.promote_types(x.dtype, w.dtype)
-    dims = (((1,), (1 if transpose else 0,)), ((), ()))
-    y = lax.dot_general(
-        x.astype(dtype), w.astype(dtype), dims, preferred_element_type=jnp.float32
-    )
-    return y.astype(x.dtype)
 
 
 def _add_outliers(y, x, values, source, target):
@@ -279,62 +201,3 @@ def _add_outliers(y, x, values, source, target):
     if rest:
         total = add(total, turns * size, rest)
     return total.astype(y.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(x, q, transpose, backend):
-    """`x W` or `x W^T` for a packed matrix."""
-    if backend is not None:
-        reason = BACKENDS[backend].obstacle(x.shape[0], q, transpose)
-        if reason:
-            raise UnsupportedError(
-                f"matmul: backend {backend!r} cannot multiply {list(x.shape)} by "
-                f"{q!r}: {reason}; use backend=None"
-            )
-        return _run(backend, x, q, transpose)
-    choices = {
-        platform: functools.partial(
-            _run, _choose(platform, x.shape[0], q, transpose)[0], transpose=transpose
-        )
-        for platform in PREFERENCE
-    }
-    if choices["cpu"].args == choices["default"].args:
-        return choices["cpu"](x, q)
-    return lax.platform_dependent(x, q, **choices)
-
-
-def _run(backend, x, q, transpose):
-    logger.debug(
-        "matmul x=%s w=%r%s: %s",
-        list(x.shape),
-        q,
-        " transposed" if transpose else "",
-        backend,
-    )
-    return BACKENDS[backend].run(x, q, transpose)
-
-
-def _choose(platform, m, q, transpose):
-    """First backend without obstacle, and the reasons of those before it."""
-    refused = []
-    for name in PREFERENCE.get(platform, PREFERENCE["default"]):
-        reason = BACKENDS[name].obstacle(m, q, transpose)
-        if reason is None:
-            return name, refused
-        refused.append((name, reason))
-    raise UnsupportedError(f"matmul: no backend for {q!r}: {refused}")
-
-
-def _product_fwd(x, q, transpose, backend):
-    return _product(x, q, transpose, backend), (x, q)
-
-
-def _product_bwd(transpose, backend, residuals, dy):
-    del backend  # the transpose product chooses its own
-    x, q = residuals
-    dx = _product(dy, q, not transpose, None)
-    a, b = (dy, x) if transpose else (x, dy)
-    return dx, blocked.leaf_gradients(a, b, q)
-
-
-_product.defvjp(_product_fwd, _product_bwd)

@@ -83,10 +83,9 @@ def matvec(x: Float[Array, "m in"], q: LayoutTensor) -> Float[Array, "m out"]:
     def step(i, y):
         packed = [_row(codes, i * turns + j)[:, 0] for j in range(turns)]
         x_rows = lax.dynamic_index_in_dim(xs, i, 0, keepdims=False)
-        term = None
+        term = 0.0
         for j, values in enumerate(_values(q, packed)):
-            product = x_rows[j] * values[:, None, :]
-            term = product if term is None else term + product
+            term = term + x_rows[j] * values[:, None, :]
         if grouped:
             if zero is not None:
                 here = lax.dynamic_index_in_dim(sums, i, 0, keepdims=False)

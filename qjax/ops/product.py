@@ -1,0 +1,153 @@
+"""The product of rows with one packed or float matrix: backends, choice, gradient.
+
+A packed weight is never expanded: forward and backward decode blocks, and the residuals
+of the gradient are the activations and the packed weight alone. A new kernel joins by
+an entry in `BACKENDS` and a place in `PREFERENCE`.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from qjax.errors import UnsupportedError
+from qjax.formats import Cast
+from qjax.ops import blocked, rows
+from qjax.ops.blocks import same_variance
+from qjax.tensor import LayoutTensor, MinifloatTensor
+
+logger = logging.getLogger("qjax.ops")
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One way to multiply by a packed matrix.
+
+    Attributes:
+      summary: what it does, for `explain`.
+      obstacle: `(rows of x, weight, transpose)` to the reason it cannot, or None.
+      run: `(x [m, k], weight, transpose)` to the product in the dtype of `x`.
+    """
+
+    summary: str
+    obstacle: Callable[[int, LayoutTensor, bool], str | None]
+    run: Callable[[Float[Array, "m k"], LayoutTensor, bool], Float[Array, "m n"]]
+
+
+def _run_xla(x, q, transpose):
+    """Block dtype and row padding differ between CPU and accelerators."""
+    return lax.platform_dependent(
+        x,
+        q,
+        cpu=functools.partial(blocked.contract, transpose=transpose, cpu=True),
+        default=functools.partial(blocked.contract, transpose=transpose, cpu=False),
+    )
+
+
+BACKENDS: dict[str, Backend] = {
+    "cpu": Backend(
+        "decodes rows of the packed weight in registers, float32, exact activations",
+        rows.obstacle,
+        lambda x, q, transpose: rows.matvec(x, q),
+    ),
+    "xla": Backend(
+        "decodes blocks of the weight, one matrix product per block",
+        lambda m, q, transpose: None,
+        _run_xla,
+    ),
+}
+"""Backends by name."""
+
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "xla"), "default": ("xla",)}
+"""Backends to try in order, by platform."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product(x, q, transpose, backend):
+    """`x W` or `x W^T` for a packed matrix."""
+    if backend is not None:
+        reason = BACKENDS[backend].obstacle(x.shape[0], q, transpose)
+        if reason:
+            raise UnsupportedError(
+                f"matmul: backend {backend!r} cannot multiply {list(x.shape)} by "
+                f"{q!r}: {reason}; use backend=None"
+            )
+        _log(x, q, transpose, backend)
+        return BACKENDS[backend].run(x, q, transpose)
+    m = x.shape[0]
+    names = {key: choose(key, m, q, transpose)[0] for key in PREFERENCE}
+    if len(set(names.values())) == 1:
+        _log(x, q, transpose, names["default"])
+        return BACKENDS[names["default"]].run(x, q, transpose)
+    _log(x, q, transpose, ", ".join(f"{v} on {k}" for k, v in names.items()))
+
+    def run(name):
+        return lambda x, q: BACKENDS[name].run(x, q, transpose)
+
+    return lax.platform_dependent(x, q, **{k: run(v) for k, v in names.items()})
+
+
+def _log(x, q, transpose, what):
+    turned = " transposed" if transpose else ""
+    logger.debug("matmul x=%s w=%r%s: %s", list(x.shape), q, turned, what)
+
+
+def choose(platform, m, q, transpose):
+    """First backend without obstacle, and the reasons of those before it."""
+    refused = []
+    for name in PREFERENCE.get(platform, PREFERENCE["default"]):
+        reason = BACKENDS[name].obstacle(m, q, transpose)
+        if reason is None:
+            return name, refused
+        refused.append((name, reason))
+    raise UnsupportedError(f"matmul: no backend for {q!r}: {refused}")
+
+
+def _forward(x, q, transpose, backend):
+    return product(x, q, transpose, backend), (x, q)
+
+
+def _backward(transpose, backend, residuals, dy):
+    del backend  # the transpose product chooses its own
+    x, q = residuals
+    dx = product(dy, q, not transpose, None)
+    a, b = (dy, x) if transpose else (x, dy)
+    return dx, blocked.leaf_gradients(a, b, q)
+
+
+product.defvjp(_forward, _backward)
+
+
+def array_product(x, w, transpose):
+    """Product with a float array.
+
+    XLA's CPU compiler widens a whole 16-bit weight to multiply it by one row or by
+    float32 activations; there it goes through the packed path as the format `Cast`.
+    """
+    dense = functools.partial(dense_product, transpose=transpose)
+    widened = x.shape[0] <= rows.MAX_ROWS or x.dtype != w.dtype
+    if w.dtype.itemsize != 2 or not widened or not x.shape[0] or not w.size:
+        return dense(x, w)
+
+    def packed(x, w):
+        name = w.dtype.name
+        q = MinifloatTensor(w, None, None, Cast(name), w.shape, name)
+        return product(x, q, transpose, None)
+
+    return lax.platform_dependent(*same_variance((x, w)), cpu=packed, default=dense)
+
+
+def dense_product(x, w, transpose):
+    """Product with a float array, in the wider of the two dtypes."""
+    with jax.numpy_dtype_promotion("standard"):  # strict mode has no wider dtype
+        dtype = jnp.promote_types(x.dtype, w.dtype)
+    dims = (((1,), (1 if transpose else 0,)), ((), ()))
+    y = lax.dot_general(
+        x.astype(dtype), w.astype(dtype), dims, preferred_element_type=jnp.float32
+    )
+    return y.astype(x.dtype)
