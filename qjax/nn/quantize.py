@@ -22,7 +22,7 @@ from qjax.errors import SpecError
 from qjax.formats import Format
 from qjax.methods import Method
 from qjax.nn.base import QuantizedLayer
-from qjax.nn.swap import LAYERS, dotted, swap
+from qjax.nn.swap import dotted, swap, weight_name
 from qjax.recipes import Recipe, load_recipe
 from qjax.tree import check_matched
 
@@ -73,12 +73,12 @@ def quantize_module(
     matched: list[str] = []
 
     def one(parts: tuple[Any, ...], node: Any) -> Any:
-        kind = LAYERS.get(type(node))
-        if kind is None:
+        name = weight_name(node)
+        if name is None:
             return node
-        path = dotted((*parts, kind.weight))
+        path = dotted((*parts, name))
         seen.append(path)
-        rule = recipe.match(path, getattr(node, kind.weight).get_value().shape)
+        rule = recipe.match(path, getattr(node, name).get_value().shape)
         if rule is None or rule.format is None:
             return node
         matched.append(path)

@@ -98,7 +98,7 @@ def _reason(value: Any, node: Any, name: str) -> str:
         if owner is not None:
             return f"{type(node).__name__} is a subclass of nnx.{owner.__name__}"
         if isinstance(node, QuantizedLayer):
-            return "no format" if name == node.weight_name else "not the weight"
+            return "no rule of the recipe" if name == node.weight_name else "bias"
         return f"no layer that is quantized owns it, but {type(node).__name__}"
     if name != kind.weight:
         return "bias"

@@ -108,8 +108,22 @@ def _flax_promotion() -> Any:
     return dtypes.promote_dtype
 
 
+def weight_name(node: Any) -> str | None:
+    """The name of the weight that a layer could quantize; None when there is none.
+
+    Quantized layers that are still dense count, as those of `qjax.models.Decoder` are.
+    """
+    if isinstance(node, QuantizedLayer):
+        return None if node.frozen else node.weight_name
+    kind = LAYERS.get(type(node))
+    return None if kind is None else kind.weight
+
+
 def swap(node: Any, rule: Rule, method: Method | None, path: str) -> Any:
-    """The quantized counterpart of a layer, or the layer when it has none."""
+    """The quantized counterpart of a layer, or the layer when it has none.
+
+    A dense `QuantizedLayer` is changed in place.
+    """
     fmt = rule.format
     equation = equation_of(node)
     reason = f"custom {name}" if (name := custom_function(node)) else ""
@@ -118,7 +132,12 @@ def swap(node: Any, rule: Rule, method: Method | None, path: str) -> Any:
     if fmt is None or reason:
         _log.info("%s is kept: %s", path, reason)
         return node
-    layer = LAYERS[type(node)].build(node, fmt, method or rule.method)
+    method = method or rule.method
+    if isinstance(node, QuantizedLayer):
+        node.format, node.method = fmt, method
+        layer = node
+    else:
+        layer = LAYERS[type(node)].build(node, fmt, method)
     value = layer.variable.get_value()
     matrix = jax.eval_shape(layer.to_matrix, value).shape[-2:]
     rows, cols = matrix if layer.weight_axis == -2 else matrix[::-1]

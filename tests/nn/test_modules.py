@@ -12,6 +12,8 @@ from flax import nnx
 from qjax.errors import NonFiniteError, SpecError, UnsupportedError
 from qjax.formats import NF4, Int
 from qjax.methods import HQQ
+from qjax.models import Decoder, ModelConfig
+from qjax.models.weights import param_shapes
 from qjax.nn import (
     QConv,
     QEinsum,
@@ -377,6 +379,43 @@ def test_equation_of_linear_general():
         general_equation((-1, -2), 1)
     with pytest.raises(UnsupportedError, match="the input has 1 axes"):
         Equation("ab", "bc", "ac").expand(1)
+
+
+def test_dense_quantized_layers_take_a_format(rng):
+    dense = nnx.Sequential(QLinear(rng.normal(size=(16, 8)).astype("f4")), jnp.tanh)
+    live = quantize_module(dense, FMT)
+    assert dense.layers[0].format is None and live.layers[0].format == FMT
+    other = quantize_module(live, Int(8, 8), freeze=True)
+    assert other.layers[0].quantized().format.bits == 8
+    assert quantization_report(dense)[0].reason == "no rule of the recipe"
+
+
+def test_a_decoder_is_converted():
+    config = ModelConfig(
+        family="gpt2",
+        vocab_size=24,
+        dim=16,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        head_dim=8,
+        mlp_dim=32,
+        max_context=8,
+        gated=False,
+    )
+    shapes = param_shapes(config)
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    params = {
+        path: 0.1 * jax.random.normal(key, shape)
+        for (path, shape), key in zip(shapes.items(), keys, strict=True)
+    }
+    model = Decoder(config, params)
+    packed = quantize_module(model, Int(8, 16), freeze=True)
+    report = {entry.path: entry for entry in quantization_report(packed)}
+    assert report["layers.0.attn.q.kernel"].state == "frozen"
+    assert report["layers.0.attn.q.kernel"].shape[0] == config.layers
+    assert report["embed.tokens.embedding"].state == "kept"
+    near(run(packed, IDS)[0], run(model, IDS)[0], 0.1)
 
 
 def test_conv_2d_and_stacked_conv():
