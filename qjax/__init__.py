@@ -52,4 +52,8 @@ from qjax.recipes import Recipe as Recipe
 from qjax.recipes import Rule as Rule
 from qjax.tensor import QuantizedTensor as QuantizedTensor
 from qjax.tensor import dequantize as dequantize
-
+from qjax.tree import ModelSize as ModelSize
+from qjax.tree import dequantize_tree as dequantize_tree
+from qjax.tree import model_size as model_size
+from qjax.tree import param_count as param_count
+from qjax.tree import quantize_tree as quantize_tree
