@@ -10,7 +10,6 @@ Costs: the cache, `batch * bucket` slots, updated in place; `batch * vocab` byte
 the repetition penalty.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -123,18 +122,22 @@ def _compile(
         stop_ids=np.zeros(STOP_IDS, np.int32),
         settings=make_sampling(batch),
     )
-    prefill = jax.jit(functools.partial(_prefill, graph)).lower(params, inputs)
-    state = jax.tree.map(_aval, prefill.out_info[0])
-    decode = jax.jit(functools.partial(_decode, graph), donate_argnums=1).lower(
-        params, state, inputs, np.int32(0)
+    lowered = jax.jit(functools.partial(_prefill, graph)).lower(params, inputs)
+    prefill = lowered.compile()
+    # Decode takes the state as prefill leaves it on the devices, and leaves it so.
+    placed, _ = prefill.output_shardings
+    state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        lowered.out_info[0],
+        placed,
     )
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda lowered: lowered.compile(), (prefill, decode))
-    return first, second
-
-
-def _aval(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    decode = jax.jit(
+        functools.partial(_decode, graph),
+        donate_argnums=1,
+        out_shardings=(placed, None, None),
+    )
+    steps = np.int32(0)
+    return prefill, decode.lower(params, state, inputs, steps).compile()
 
 
 def _prefill_chunk(length: int) -> int:

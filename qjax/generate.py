@@ -152,6 +152,11 @@ def _encode(tokenizer: Tokenizer, prompt: Prompt, index: int) -> list[int]:
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt)
         hint = "; this tokenizer opens texts with no BOS token" if not prompt else ""
+    elif not isinstance(prompt, Sequence):
+        raise SpecError(
+            f"generate: prompt {index} is {type(prompt).__name__}, expected a string "
+            "or a list of ids"
+        )
     else:
         ids, hint = [int(token) for token in prompt], ""
         if any(not 0 <= token < tokenizer.vocab_size for token in ids):
@@ -270,14 +275,15 @@ def _make_batch(
     tokens = np.full((len(ids), length), tokenizer.pad_id, np.int32)
     for row, prompt in enumerate(ids):
         tokens[row, : len(prompt)] = prompt
-    seeds = [seed + i for i in range(len(ids))] if isinstance(seed, int) else seed
+    each = np.ndim(seed) > 0
+    seeds = list(seed) if each else [int(seed) + i for i in range(len(ids))]  # pyright: ignore[reportArgumentType]
     if len(seeds) != len(ids):
         raise SpecError(f"seed: got {len(seeds)} seeds, expected one or {len(ids)}")
     eos = tokenizer.eos_ids[:STOP_IDS]
     return Batch(
         tokens=tokens,
         lengths=lengths,
-        seeds=np.array([value % 2**32 for value in seeds], np.uint32),
+        seeds=np.array([int(value) % 2**32 for value in seeds], np.uint32),
         stop_ids=np.array([*eos, *[-1] * (STOP_IDS - len(eos))], np.int32),
         settings=settings,
     )

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from flax import nnx
 from tokenizers import decoders, models, pre_tokenizers
 
 from qjax import decoding
@@ -249,6 +250,7 @@ def test_bos_starts_an_empty_prompt(model):
     ("arguments", "message"),
     [
         ({"prompts": [""]}, "prompt 0 is empty; this tokenizer opens texts with no"),
+        ({"prompts": [1, 2]}, "prompt 0 is int, expected a string or a list of ids"),
         ({"prompts": ["a", []]}, "prompt 1 is empty; give at least one token"),
         ({"prompts": [[300]]}, "prompt 0 has ids outside the tokenizer's 258"),
         ({"max_tokens": 0}, "max_tokens=0, expected at least 1"),
@@ -286,3 +288,22 @@ def test_learned_positions_end_with_the_context(tokenizer):
     result = generate_detailed(model, tokenizer, [ids, ids[:3]], 32)
     assert result[0].tokens == slowly(model)(ids, 32)
     assert result[1].tokens == slowly(model)(ids[:3], 32)
+
+
+def test_sharded_parameters(model, tokenizer):
+    """Parameters spread over eight devices give the same tokens."""
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((8,), ("model",), axis_types=auto)
+    place = jax.sharding.NamedSharding
+    spec = jax.sharding.PartitionSpec
+
+    def spread(leaf):
+        wide = leaf.ndim > 1 and leaf.shape[-1] % 8 == 0
+        axes = (None,) * (leaf.ndim - 1) + ("model",) if wide else ()
+        return jax.device_put(leaf, place(mesh, spec(*axes)))
+
+    graph, state = nnx.split(model)
+    sharded = nnx.merge(graph, jax.tree.map(spread, state))
+    expected = generate_detailed(model, tokenizer, ["ab", "hello"], 20)
+    got = generate_detailed(sharded, tokenizer, ["ab", "hello"], 20)
+    assert [r.tokens for r in got] == [r.tokens for r in expected]
