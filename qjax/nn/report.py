@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -11,6 +12,7 @@ from qjax.errors import UnsupportedError
 from qjax.nn.base import QuantizedLayer, QuantizedParam
 from qjax.nn.swap import LAYERS, custom_function, dotted, equation_of
 from qjax.tensor import QuantizedTensor
+from qjax.tree import dotted_path, is_quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +41,22 @@ class WeightReport:
 
 
 def quantization_report(module: Any) -> list[WeightReport]:
-    """Lists every parameter of a module: quantized how, or kept why.
+    """Lists every parameter of a module or tree: quantized how, or kept why.
 
     Args:
-      module: any NNX module.
+      module: any NNX module, or a tree of parameters such as Linen variables.
 
     Returns:
-      One entry per `nnx.Param` or `QuantizedParam`, shared ones once.
+      One entry per `nnx.Param` or `QuantizedParam`, shared ones once; of a tree, one
+      per array.
     """
+    if not isinstance(module, nnx.Module):
+        leaves = jax.tree_util.tree_leaves_with_path(module, is_leaf=is_quantized)
+        return [
+            _report(dotted_path(path), leaf, None, "")
+            for path, leaf in leaves
+            if hasattr(leaf, "dtype")
+        ]
     owners = {
         id(variable): (node, name)
         for _, node in nnx.iter_modules(module)
@@ -54,7 +64,11 @@ def quantization_report(module: Any) -> list[WeightReport]:
         if isinstance(variable, nnx.Variable)
     }
     return [
-        _report(dotted(parts), variable, *owners.get(id(variable), (None, "")))
+        _report(
+            dotted(parts),
+            variable.get_value(),
+            *owners.get(id(variable), (None, "")),
+        )
         for parts, variable in _parameters(module)
     ]
 
@@ -65,8 +79,7 @@ def _parameters(module: Any) -> Iterator[tuple[tuple[Any, ...], nnx.Variable]]:
             yield parts, node
 
 
-def _report(path: str, variable: nnx.Variable, node: Any, name: str) -> WeightReport:
-    value = variable.get_value()
+def _report(path: str, value: Any, node: Any, name: str) -> WeightReport:
     shape = tuple(value.shape)
     nbytes = int(value.nbytes)
     bits = 8 * nbytes / value.size if value.size else 0.0
@@ -92,6 +105,8 @@ def _reason(value: Any, node: Any, name: str) -> str:
         return "vector"
     if not jnp.issubdtype(value.dtype, jnp.floating):
         return f"{value.dtype} is not a float"
+    if node is None:
+        return "no rule of the recipe"
     kind = LAYERS.get(type(node))
     if kind is None:
         owner = next((c for c in LAYERS if isinstance(node, c)), None)

@@ -8,7 +8,7 @@ import pytest
 
 from qjax.errors import SpecError
 from qjax.formats import Int
-from qjax.nn import linen
+from qjax.nn import linen, quantization_report
 from qjax.recipes import Recipe, Rule
 from qjax.tree import dequantize_tree, is_quantized, model_size, quantize_tree
 
@@ -85,6 +85,10 @@ def test_a_model_runs_on_packed_parameters(variables, by_tree):
         assert packed["params"]["Conv_0"]["kernel"].shape == (48, 16)
         assert packed["params"]["ScanLayer_0"]["Dense_0"]["kernel"].shape == (3, 16, 16)
         assert packed["params"]["Own_0"]["kernel"].shape == (16, 16)
+        report = {entry.path: entry for entry in quantization_report(packed)}
+        assert report["params.Own_0.kernel"].format == "int4-g8"
+        assert report["params.LayerNorm_0.scale"].reason == "vector"
+        assert report["params.ScanLayer_0.Dense_0.bias"].state == "kept"
     assert model_size(packed).nbytes < model_size(variables).nbytes
     y = jax.jit(lambda v, ids: linen.apply(model, v, ids))(packed, IDS)
     near(y, jax.jit(model.apply)(grown(variables, packed), IDS))
