@@ -10,9 +10,9 @@ zero-point enters through sums of `x` over groups:
     y[n] = sum_g scale[g, n] * (sum_k x[k] code[k, n] - zero[g, n] sum_k x[k])
 
 Every row of `x` decodes again, so this is for one to `MAX_ROWS` rows (`MAX_TABLE_ROWS`
-where decoding is a table lookup). It needs groups
-along `in` (or one scale per column or tensor) that divide `in` and hold whole packing
-units; `obstacle` says what is missing.
+where decoding is a table lookup). It needs groups along `in` (or one scale per column
+or tensor) that divide `in` and hold whole packing units; `obstacle` says what is
+missing.
 """
 
 import jax.numpy as jnp
