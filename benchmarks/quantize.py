@@ -1,11 +1,11 @@
 """Quantization throughput and HQQ's error, side by side with other libraries on CPU.
 
-    python benchmarks/quantize.py                 # 256M weights, about 6 GB of memory
-    python benchmarks/quantize.py --size 4096     # 16M weights
+    python benchmarks/quantize.py                       # 256M weights
+    python benchmarks/quantize.py --only throughput --size 4096
 
 Needs the [peers] extra. Every time is the best of three runs after a first one that
-compiles (jax) or builds its tables (torch); compile time is printed on its own. HQQ is
-timed as the sum over the 42 linears of the bundled model, equal shapes batched in qjax.
+compiles (jax) or builds its tables (torch), which is printed on its own. HQQ is timed
+as the sum over the 42 linears of the bundled model, equal shapes batched in qjax.
 """
 
 import argparse
@@ -24,14 +24,19 @@ from qjax.methods import HQQ, RTN, quantize
 MODEL = Path(__file__).parent.parent / "examples" / "model" / "model.safetensors"
 
 
-def timed(call, runs: int = 3) -> tuple[float, float]:
-    """Seconds of the first call, and the best of `runs` later ones."""
-    seconds = []
+def timed(call, runs: int = 3) -> dict:
+    """Seconds of the first call; least wall and processor seconds of `runs` others.
+
+    Processor time is the fairer measure on a machine that does other work as well.
+    """
+    wall, cpu = [], []
     for _ in range(runs + 1):
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - start)
-    return seconds[0], min(seconds[1:])
+        wall.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - busy)
+    best = {"seconds": min(wall[1:]), "cpu_seconds": min(cpu[1:])}
+    return {"first_seconds": wall[0], **best}
 
 
 def throughput(size: int) -> dict:
@@ -45,20 +50,25 @@ def throughput(size: int) -> dict:
     ours = jnp.asarray(w)
     million = size * size / 1e6
     calls = {
-        "bitsandbytes nf4": lambda: bnb.quantize_4bit(theirs, quant_type="nf4")[1],
         "qjax nf4": lambda: quantize(ours, NF4()),
         "qjax int4-g128": lambda: quantize(ours, Int(4, 128)),
+        "bitsandbytes nf4": lambda: bnb.quantize_4bit(theirs, quant_type="nf4")[1],
     }
     rows = {}
     for name, call in calls.items():
-        first, best = timed(call)
-        rows[name] = {"weights_per_second": million / best, "first_seconds": first}
-        rows[name]["peak_memory_bytes"] = peak_memory()
-        print(f"{name:18} {million / best:8.0f} M weights/s   first {first:.2f} s")
+        row = rows[name] = timed(call)
+        row["weights_per_second"] = 1e6 * million / row["seconds"]
+        row["peak_memory_bytes"] = peak_memory()
+        print(
+            f"{name:18} {million / row['seconds']:6.0f} M weights/s "
+            f"{million / row['cpu_seconds']:6.0f} M per processor second, "
+            f"first call {row['first_seconds']:.2f} s, "
+            f"peak so far {peak_memory() / 1e9:.2f} GB"
+        )
     return rows
 
 
-def hqq_on_model() -> dict:
+def hqq_on_model(bits_list=(4, 3, 2)) -> dict:
     """Seconds and errors of HQQ over the linears of the bundled model."""
     import hqq.core.quantize as hqq
     import safetensors.numpy
@@ -75,7 +85,7 @@ def hqq_on_model() -> dict:
         stacks.setdefault(w.shape, []).append(w)
     kernels = [jnp.asarray(np.stack(s).swapaxes(-1, -2)) for s in stacks.values()]
     rows = {}
-    for bits in (4, 3, 2):
+    for bits in bits_list:
         for axis in (1, 0):
             row = rows[f"int{bits}-g64 axis={axis}"] = {}
             fmt = Int(bits, 64, symmetric=False, axis="in" if axis else "out")
@@ -93,14 +103,13 @@ def hqq_on_model() -> dict:
                 def call(method=method, fmt=fmt):
                     return [quantize(w, fmt, method) for w in kernels]
 
-                first, best = timed(call)
+                times = timed(call)
                 errors = [
                     np.abs(np.asarray(q.dequantize()) - np.asarray(w)).reshape(-1)
                     for q, w in zip(call(), kernels, strict=True)
                 ]
                 row[f"qjax {name}"] = {
-                    "seconds": best,
-                    "first_seconds": first,
+                    **times,
                     **measures(np.concatenate(errors)),
                 }
             errors = []
@@ -110,12 +119,11 @@ def hqq_on_model() -> dict:
                 )
                 values = ((codes - meta["zero"]) * meta["scale"]).reshape(w.shape)
                 errors.append(np.abs(values.numpy() - w).reshape(-1))
-            first, best = timed(peer)
-            row["hqq"] = {"seconds": best, "first_seconds": first}
-            row["hqq"] |= measures(np.concatenate(errors))
+            row["hqq"] = timed(peer, runs=1) | measures(np.concatenate(errors))
             for name, r in row.items():
                 print(
-                    f"int{bits}-g64 axis={axis} {name:9} {r['seconds']:6.3f} s  "
+                    f"int{bits}-g64 axis={axis} {name:9} {r['seconds']:6.2f} s "
+                    f"({r['cpu_seconds']:5.2f} s of processor)  "
                     f"mean {r['mean']:.4e}  rms {r['rms']:.4e}  p0.7 {r['p0.7']:.4e}"
                 )
     return rows
@@ -137,11 +145,15 @@ def peak_memory() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=16384)
-    parser.add_argument("--hqq", action="store_true", help="only the HQQ part")
+    parser.add_argument("--only", choices=("throughput", "hqq"))
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    report = {} if args.hqq else {"throughput": throughput(args.size)}
-    report["hqq"] = hqq_on_model() if args.hqq else {}
+    report = {}
+    if args.only != "hqq":
+        report["throughput"] = throughput(args.size)
+    if args.only != "throughput":
+        report["hqq"] = hqq_on_model(args.bits)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1))
 
