@@ -238,6 +238,9 @@ def pytorch_mean(x: Float[Array, "*lead n"]) -> Float[Array, "*lead"]:
     result differs in the last bits from other orders. Matching it makes the offset of
     double quantization, and with it every nested code, equal to bitsandbytes'.
 
+    From 32768 values PyTorch also splits the sum over its threads; this is the result
+    of one thread.
+
     Reference: PyTorch `aten/src/ATen/native/cpu/SumKernel.cpp`, `row_sum`.
     """
     n = x.shape[-1]

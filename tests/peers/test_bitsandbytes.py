@@ -12,6 +12,9 @@ defines the values. The C++ ones equal it except for two things that are theirs:
   scale of a weight from `row * (in // block) + column // block`: another block;
 * the portable loop's FP4 table says -0.0 for code 8.
 
+PyTorch splits a sum of 32768 values or more over its threads, so bitsandbytes' offset
+itself depends on their number; qjax equals the result of one thread.
+
 One value is out of reach: XLA's CPU backend flushes subnormals, so the 1e-38 that
 bitsandbytes stores for an all-zero partial block is 0 in the mean of the scales. It
 shows only when every block of a tensor is zero.
@@ -173,6 +176,26 @@ def test_native_decoder_disagrees_with_itself_when_rows_do_not_divide():
     native = bnb.dequantize_4bit(packed, state).numpy()
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
         assert np.abs(native - eager).max() > 0.1
+
+
+def test_many_nested_scales_equal_one_thread_of_pytorch():
+    """65536 scales: 4M weights, where more threads give another offset."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        w = torch.tensor(draw("nf4", "normal", (2048, 2048), 1))
+        _, codes, state = peer(w, "nf4", 64, True)
+    finally:
+        torch.set_num_threads(threads)
+    q = quantize(w.numpy().T, NF4(64, double=True))
+    ours = read(q)
+    np.testing.assert_array_equal(ours["codes"].T, codes)
+    np.testing.assert_array_equal(column(ours["nested"]), state.absmax.numpy())
+    for mine, theirs in (
+        (q.scale.scale, state.state2.absmax),
+        (q.scale.offset, state.offset.reshape(1)),
+    ):
+        np.testing.assert_array_equal(bits(column(mine)), bits(theirs.numpy()))
 
 
 def test_dynamic_maps_equal():
