@@ -33,6 +33,7 @@ from qjax.converters.huggingface import open_checkpoint
 from qjax.errors import SpecError
 from qjax.formats import Format
 from qjax.methods import quantize as quantize
+from qjax.methods.array import check_finite, count_nonfinite
 from qjax.recipes import Recipe, load_recipe
 from qjax.tensor import QuantizedTensor
 
@@ -73,6 +74,9 @@ class QuantizationReport:
       tensors: one entry per quantized tensor: name, format, method, bits_per_weight,
         error (relative root-mean-square), shape, nbytes.
       kept: one entry per tensor kept in float: name, shape, dtype, nbytes, reason.
+
+    Entries of tensors with NaN or infinite weights (which only `nonfinite="zero"` and
+    `"clip"` let through) carry their count as `nonfinite`; kept tensors keep them.
     """
 
     recipe: str
@@ -285,8 +289,12 @@ def quantize_parameter(
     source = tensor_report(path, w)
     count = source["nbytes"] // jnp.dtype(w.dtype).itemsize
     base = {"parameters": count, "source_bytes": source["nbytes"]}
+    if nonfinite != "raise" and (bad := count_nonfinite(w)):
+        base["nonfinite"] = bad
     rule = recipe.match(path, w.shape)
     if rule is None or rule.format is None:
+        if nonfinite == "raise":
+            check_finite(w, path)
         reason = "vector" if len(w.shape) < 2 else "kept by the recipe"
         kept = {"shape": source["shape"], "dtype": source["format"], "reason": reason}
         return w, {**kept, "nbytes": source["nbytes"], **base}

@@ -66,7 +66,6 @@ def test_quantize_from_hub(root, hub_cache, tmp_path):
 
 @pytest.mark.slow
 def test_quickstart(root, tmp_path):
-    pytest.importorskip("matplotlib")
     done = _python(
         root / "examples" / "quickstart.py", "--results", tmp_path, "--windows", 2
     )

@@ -73,4 +73,10 @@ class Quantize:
             f"{len(report.kept)} tensors kept in float, {format_bytes(kept)}; "
             f"{report.seconds:.1f} s, peak {format_bytes(report.peak_memory_bytes)}"
         )
+        for entry in (*report.tensors, *report.kept):
+            if "nonfinite" in entry:
+                done = "kept" if "reason" in entry else "replaced"
+                console.print(
+                    f"{entry['name']}: {entry['nonfinite']} NaN or Inf {done}"
+                )
         self.output.results(report.to_dict())

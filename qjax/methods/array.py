@@ -54,8 +54,8 @@ def quantize(
       importance: non-negative error weights broadcastable to `w`.
       key: random key for stochastic rounding.
       nonfinite: `raise`, `zero` (NaN and infinities become 0) or `clip` (NaN becomes 0,
-        infinities the largest finite value). Under `jit` nothing can be raised and
-        `raise` acts as `clip`.
+        infinities the largest finite magnitude in `w`). Under `jit` nothing can be
+        raised and `raise` acts as `clip`.
       name: what errors call the weight.
 
     Returns:
@@ -98,7 +98,7 @@ def quantize(
         fmt.grouping(matrix)  # a group that does not fit is reported before any work
         w = jnp.asarray(w, _compute_dtype(dtype))
         if nonfinite == "raise" and not isinstance(w, Tracer):
-            _check_finite(w, name, transposed=axis == -1)
+            check_finite(w, name, transposed=axis == -1)
         q = _quantize(
             w,
             fmt,
@@ -118,21 +118,27 @@ def _compute_dtype(dtype):
 @functools.partial(jax.jit, static_argnums=(1, 2, 5))
 def _quantize(w, fmt, method, importance, key, nonfinite):
     w = w.astype(jnp.float32)
-    big = float(jnp.finfo(jnp.float32).max)
-    w = jnp.nan_to_num(
-        w,
-        nan=0.0,
-        posinf=big if nonfinite == "clip" else 0.0,
-        neginf=-big if nonfinite == "clip" else 0.0,
-    )
+    finite = jnp.where(jnp.isfinite(w), w, 0.0)
+    if nonfinite == "clip":
+        top = jnp.max(jnp.abs(finite))
+        w = jnp.where(jnp.isinf(w), jnp.sign(w) * top, finite)
+    else:
+        w = finite
     return method(w, fmt, importance=importance, key=key)
 
 
-def _check_finite(w, name, transposed):
-    bad = int(_count_nonfinite(w))
+def check_finite(w: Any, name: str, *, transposed: bool = False) -> None:
+    """Raises NonFiniteError, with count and first index, if `w` is not all finite.
+
+    Args:
+      w: float array.
+      name: what the error calls it.
+      transposed: report the index of the swapped matrix axes.
+    """
+    bad = count_nonfinite(w)
     if not bad:
         return
-    host = np.asarray(w.astype(jnp.float32))
+    host = np.asarray(w).astype(np.float32)
     host = np.swapaxes(host, -1, -2) if transposed else host
     first = tuple(int(i) for i in np.argwhere(~np.isfinite(host))[0])
     raise NonFiniteError(
@@ -140,6 +146,11 @@ def _check_finite(w, name, transposed):
         f"{first} ({host[first]}); expected finite weights. Repair the source, or pass "
         "nonfinite='zero' or nonfinite='clip' to replace them"
     )
+
+
+def count_nonfinite(w: Any) -> int:
+    """Number of NaN and infinite elements."""
+    return int(_count_nonfinite(jnp.asarray(w)))
 
 
 @jax.jit

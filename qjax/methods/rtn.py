@@ -60,7 +60,7 @@ class RTN(Method):
     percentile: float = 99.9
     stds: float = 3.0
     shrink: float = 0.4
-    grid: int = 40
+    grid: int = 20
     stochastic: bool = False
 
     def __post_init__(self) -> None:

@@ -139,9 +139,7 @@ def test_nonfinite_zero_and_clip():
     np.testing.assert_allclose(zeroed[:3, 0], 0, atol=1e-2)
     clipped = np.asarray(quantize(w, fmt, nonfinite="clip").dequantize())
     assert np.isfinite(clipped).all()
-    assert clipped[1, 0] > 1e38
-    assert clipped[2, 0] < -1e38
-    assert abs(clipped[0, 0]) < 1e37
+    np.testing.assert_allclose(clipped[:3, 0], [0, 1, -1], atol=1e-2)
     np.testing.assert_allclose(clipped[:, 1], 1, atol=1e-2)
     inside = jax.jit(lambda w: quantize(w, fmt).dequantize())(w)
     assert np.isfinite(np.asarray(inside)).all()

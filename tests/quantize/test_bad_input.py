@@ -77,9 +77,22 @@ def test_bad_tensors_are_named(copied, tmp_path, change, error, texts):
     assert not (tmp_path / "out").exists()
 
 
+def test_kept_tensors_are_checked_too(copied, tmp_path):
+    def spoil(t):
+        t["model.norm.weight"][2] = np.nan
+
+    rewrite(copied, spoil)
+    with pytest.raises(NonFiniteError, match=r"norm\.scale: 1 of 64 .* index \(2,\)"):
+        qjax.quantize_checkpoint(copied, tmp_path / "out", "int8")
+
+
 def test_nonfinite_weights_can_be_replaced(copied, tmp_path):
     rewrite(copied, not_a_number)
-    qjax.quantize_checkpoint(copied, tmp_path / "out", "int8", nonfinite="zero")
+    report = qjax.quantize_checkpoint(
+        copied, tmp_path / "out", "int8", nonfinite="zero"
+    )
+    counts = {t["name"]: t["nonfinite"] for t in report.tensors if "nonfinite" in t}
+    assert counts == {"layers.1.attn.q.kernel": 1}
     model, _ = qjax.load(tmp_path / "out")
     w = model.params()["layers.1.attn.q.kernel"].dequantize()
     assert np.isfinite(np.asarray(w)).all() and w[5, 3] == 0
