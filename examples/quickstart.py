@@ -3,7 +3,7 @@
 command   bash examples/quickstart.sh       (or, in an environment with qjax[plot],
           python examples/quickstart.py [--results FOLDER] [--windows N])
 hardware  any CPU; written for 2 cores and 4 GB of memory
-minutes   less than 6
+minutes   2 on two cores
 expected  the table in README.md
 
 Every step is a `qjax` command, run in this process and printed before it runs, so that
@@ -89,7 +89,7 @@ def table(rows: list[dict]) -> str:
                 f"{row['size_bytes'] / 1e6:.2f}",
                 f"{row['books']:.2f}",
                 f"{row['wikitext']:.2f}",
-                f"{row['kl_divergence']:.4f}",
+                f"{row['kl_divergence']:.5f}",
                 f"{row['decode_tokens_per_second']:.0f}",
             ]
         )
