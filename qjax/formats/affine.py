@@ -59,8 +59,11 @@ class Int(Format):
         check_choice(where, "zero_dtype", self.zero_dtype, ZERO_DTYPES)
         if isinstance(self.group, str):
             check_choice(where, "group", self.group, ("channel", "tensor"))
-        elif isinstance(self.group, bool) or self.group < 1:
-            raise SpecError(f"{where}: group must be positive, got {self.group}")
+        elif type(self.group) is not int or self.group < 1:
+            raise SpecError(
+                f"{where}: group is {self.group!r}, expected a positive integer, "
+                "'channel' or 'tensor'"
+            )
 
     @property
     def name(self) -> str:

@@ -8,8 +8,8 @@ format's `grouping`; which scale they get is a method's choice (`qjax.methods`).
 
 import abc
 import dataclasses
-import json
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,55 @@ from qjax.errors import SpecError
 from qjax.formats.grouping import Grouping
 
 FLOAT_SCALES = ("float32", "bfloat16", "float16")
+_T = TypeVar("_T")
 _REGISTRY: dict[str, type["Format"]] = {}
 
 
+class Described:
+    """A dataclass of plain values that a JSON object describes."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready description: `{"kind": class name, field: value, ...}`."""
+        own: Any = self
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(own)}
+        return {"kind": type(self).__name__, **fields}
+
+
+def build_described(
+    what: str, registry: Mapping[str, type[_T]], spec: Mapping[str, Any]
+) -> _T:
+    """Builds one of the classes of a registry from `Described.to_dict()` output.
+
+    Args:
+      what: what errors call it.
+      registry: classes by name.
+      spec: the description; lists become tuples.
+
+    Returns:
+      The instance.
+
+    Raises:
+      SpecError: the kind or a field is unknown, or a value is out of range.
+    """
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items()}
+    kind = fields.pop("kind", None)
+    cls = registry.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        known = ", ".join(sorted(registry))
+        raise SpecError(f"{what}: unknown kind {kind!r}; known kinds: {known}")
+    known_fields = {f.name for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    if unknown := sorted(set(fields) - known_fields):
+        raise SpecError(
+            f"{what} {kind}: unknown fields {unknown}; known: {sorted(known_fields)}"
+        )
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise SpecError(f"{what} {kind} {fields}: {error}") from None
+
+
 @dataclasses.dataclass(frozen=True)
-class Format(abc.ABC):
+class Format(Described, abc.ABC):
     """A number format for weights `[..., in, out]`: frozen, hashable, static in jit.
 
     A stored weight is `decode(code) * scale` (affine formats: `(code - zero) * scale`),
@@ -90,11 +134,6 @@ class Format(abc.ABC):
         odds = jnp.where(step == 0, 0.0, (u - value) / jnp.where(step == 0, 1.0, step))
         return jnp.where(jax.random.uniform(key, u.shape) < odds, other, near)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready description; `format_from_dict` is the inverse."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {"kind": type(self).__name__, **fields}
-
 
 def format_from_dict(spec: dict[str, Any]) -> Format:
     """Builds a format from `Format.to_dict()` output.
@@ -108,22 +147,7 @@ def format_from_dict(spec: dict[str, Any]) -> Format:
     Raises:
       SpecError: the kind or a field is unknown, or a value is out of range.
     """
-    fields = dict(spec)
-    kind = fields.pop("kind", None)
-    cls = _REGISTRY.get(kind) if isinstance(kind, str) else None
-    if cls is None:
-        known = ", ".join(sorted(_REGISTRY))
-        raise SpecError(f"format: unknown kind {kind!r}; known kinds: {known}")
-    known_fields = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(fields) - known_fields):
-        raise SpecError(
-            f"format {kind}: unknown fields {unknown}; known: {sorted(known_fields)}"
-        )
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise SpecError(f"format {json.dumps(spec)}: {error}") from None
+    return build_described("format", _REGISTRY, spec)
 
 
 def rounded(product: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -6,15 +6,15 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from qjax.errors import SpecError
 from qjax.formats import Format
+from qjax.formats.base import Described, build_described
 from qjax.tensor import QuantizedTensor
 
 _REGISTRY: dict[str, type["Method"]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
-class Method(abc.ABC):
+class Method(Described, abc.ABC):
     """Chooses scales and codes: frozen, hashable, static in jit.
 
     Calling a method is a pure function of arrays: it runs under `jit` and is batched
@@ -55,11 +55,6 @@ class Method(abc.ABC):
           SpecError: the method does not apply to the format.
         """
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready description; `method_from_dict` is the inverse."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {"kind": type(self).__name__, **fields}
-
 
 def method_from_dict(spec: dict[str, Any]) -> Method:
     """Builds a method from `Method.to_dict()` output.
@@ -67,13 +62,4 @@ def method_from_dict(spec: dict[str, Any]) -> Method:
     Raises:
       SpecError: the kind or a field is unknown, or a value is out of range.
     """
-    fields = dict(spec)
-    kind = fields.pop("kind", None)
-    cls = _REGISTRY.get(kind) if isinstance(kind, str) else None
-    if cls is None:
-        known = ", ".join(sorted(_REGISTRY))
-        raise SpecError(f"method: unknown kind {kind!r}; known kinds: {known}")
-    try:
-        return cls(**fields)
-    except TypeError as error:
-        raise SpecError(f"method {kind}: {error}") from None
+    return build_described("method", _REGISTRY, spec)

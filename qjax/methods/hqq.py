@@ -56,8 +56,10 @@ class HQQ(Method):
                 "HQQ: needs 0 < lp_norm <= 1, beta > 0 and kappa >= 1; "
                 f"got lp_norm={self.lp_norm}, beta={self.beta}, kappa={self.kappa}"
             )
-        if self.iterations < 1:
-            raise SpecError(f"HQQ: iterations must be positive, got {self.iterations}")
+        if type(self.iterations) is not int or self.iterations < 1:
+            raise SpecError(
+                f"HQQ: iterations is {self.iterations!r}, expected a positive integer"
+            )
 
     @property
     def name(self) -> str:

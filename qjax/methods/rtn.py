@@ -67,9 +67,10 @@ class RTN(Method):
         check_choice("RTN", "rule", self.rule, RULES)
         if not 50 < self.percentile <= 100:
             raise SpecError(f"RTN: percentile {self.percentile} is not in (50, 100]")
-        if not (0 < self.shrink < 1 and self.grid >= 2 and self.stds > 0):
+        whole = type(self.grid) is int and self.grid >= 2
+        if not (0 < self.shrink < 1 and whole and self.stds > 0):
             raise SpecError(
-                f"RTN: needs 0 < shrink < 1, grid >= 2, stds > 0; got {self}"
+                f"RTN: needs 0 < shrink < 1, integer grid >= 2, stds > 0; got {self}"
             )
 
     @property

@@ -130,7 +130,7 @@ def test_round_trip_through_dict(fmt):
     [
         (lambda: Int(9), r"Int\(9, 128\): bits is 9, expected one of 1, 2, 3"),
         (lambda: Int(0), "bits is 0, expected one of"),
-        (lambda: Int(4, 0), r"Int\(4, 0\): group must be positive, got 0"),
+        (lambda: Int(4, 0), r"Int\(4, 0\): group is 0, expected a positive integer"),
         (lambda: Int(4, "row"), "group is 'row', expected one of 'channel', 'tensor'"),
         (lambda: Int(4, axis="left"), "axis is 'left', expected one of 'in', 'out'"),
         (lambda: Int(4, scale_dtype="int4"), "scale_dtype is 'int4'"),
