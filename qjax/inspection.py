@@ -8,6 +8,8 @@ import numpy as np
 
 from qjax.checkpoint import Artifact, dense_parts, is_artifact, tensor_report
 from qjax.converters.huggingface import open_checkpoint
+from qjax.ops import explain
+from qjax.tensor import QuantizedTensor
 
 
 def inspect(
@@ -23,8 +25,9 @@ def inspect(
 
     Returns:
       `format, architecture, parameters, bits_per_weight, size_bytes, recipe, formats,
-      tensors`, each tensor with `name, shape, format, bits_per_weight, nbytes`, sizes
-      in bytes; `formats` counts tensors by format.
+      matmul, tensors`, each tensor with `name, shape, format, bits_per_weight, nbytes`,
+      sizes in bytes; `formats` counts tensors by format, `matmul` says by packed format
+      what multiplies one row of activations on this machine (`qjax.ops.explain`).
 
     Raises:
       SpecError: no such model.
@@ -32,12 +35,16 @@ def inspect(
     """
     recipe = None
     tensors: list[dict[str, Any]] = []
+    runs: dict[str, str] = {}
     if is_artifact(source):
         artifact = Artifact(source, verify=False)
         kind, config = "qjax", artifact.config
         recipe = (artifact.manifest.get("recipe") or {}).get("name")
         for _, part in artifact.parts():
             tensors += [_entry(path, leaf) for path, leaf in part.items()]
+            for leaf in part.values():
+                if isinstance(leaf, QuantizedTensor) and leaf.format.name not in runs:
+                    runs[leaf.format.name] = explain((1, leaf.shape[0]), leaf)
     else:
         with open_checkpoint(source, revision) as checkpoint:
             kind, config = "huggingface", checkpoint.config
@@ -53,6 +60,7 @@ def inspect(
         "size_bytes": size,
         "recipe": recipe,
         "formats": dict(collections.Counter(t["format"] for t in tensors)),
+        "matmul": runs,
         "tensors": tensors,
     }
 

@@ -39,4 +39,6 @@ class Inspect:
             f"{found['bits_per_weight']:.3f} bits/weight, "
             f"{format_bytes(found['size_bytes'])}"
         )
+        for fmt, how in found["matmul"].items():
+            console.print(f"{fmt}: {how}")
         self.output.results(found)

@@ -57,6 +57,7 @@ def test_every_verb_gives_its_json_keys(tiny, tmp_path, capsys, books_text):
     assert set(made["tensors"][0]) >= {"name", "format", "method", "error"}
     found = run(capsys, "inspect", out)
     assert set(found) >= INSPECT and found["size_bytes"] == made["size_bytes"]
+    assert found["matmul"]["int8-channel"].startswith("cpu: ")
     assert set(found["tensors"][0]) >= {"shape", "bits_per_weight", "nbytes"}
     text = tmp_path / "text.txt"
     text.write_text(books_text[:2000], "utf-8")
