@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from qjax.errors import SpecError
 from qjax.formats import Cast, Format, Grouping, Int
-from qjax.formats.base import check_choice, divided
+from qjax.formats.base import check_choice, divided, rounded
 from qjax.formats.codebook import TableFormat
 from qjax.methods.base import Method
 from qjax.tensor import (
@@ -177,7 +177,7 @@ class Problem(NamedTuple):
         assert isinstance(fmt, Int)  # asymmetric implies Int
         if fmt.zero_dtype == "uint8":  # integer zero-points: 0 must be representable
             low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-        scale = high / fmt.levels - low / fmt.levels
+        scale = rounded(high / fmt.levels) - rounded(low / fmt.levels)
         flat = jnp.where(low != 0, jnp.abs(low), 1.0)
         scale = self.stored(jnp.where(scale > 0, scale, flat))
         return scale, self.stored_zero(-low / scale)
