@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from qjax.errors import SpecError
 from qjax.formats import Format, Int
 from qjax.methods.base import Method
-from qjax.methods.rtn import Problem
+from qjax.methods.rtn import Problem, keep_better
 from qjax.tensor import QuantizedTensor
 
 
@@ -36,7 +36,8 @@ class HQQ(Method):
       lp_norm: the `p` of the error norm, in (0, 1].
       beta: first penalty weight.
       kappa: growth of `beta` per iteration, at least 1.
-      iterations: iterations.
+      iterations: iterations; more change the error by less than one part in a thousand
+        (`benchmarks/quantize.py`).
       joint_scale: also refit scales (always done for symmetric formats, which have
         nothing else to fit).
 
@@ -47,7 +48,7 @@ class HQQ(Method):
     lp_norm: float = 0.7
     beta: float = 10.0
     kappa: float = 1.01
-    iterations: int = 20
+    iterations: int = 12
     joint_scale: bool = True
 
     def __post_init__(self) -> None:
@@ -79,40 +80,40 @@ class HQQ(Method):
             raise SpecError(f"HQQ fits integer formats (Int), got {fmt.name}")
         p = Problem.build(w, fmt, importance)
         scale, zero = p.from_range(*p.full_range())
-        start = (self._miss(p, scale, zero), scale, zero, scale, zero)
-        step = lambda i, state: self._step(p, i, state)  # noqa: E731
-        best = jax.lax.fori_loop(0, self.iterations, step, start)
-        return p.finish(best[1], best[2])
-
-    def _miss(self, p: Problem, scale, zero):
-        """Mean absolute error of each group (padding excluded)."""
-        miss = jnp.abs(p.w - p.levels(scale, zero) * scale)
-        return _mean(miss, p.weight)
+        start = (jnp.full_like(scale, jnp.inf), scale, zero)
+        state = (start, scale, zero)
+        state = jax.lax.fori_loop(
+            0, self.iterations, lambda i, s: self._step(p, i, s), state
+        )
+        best, scale, zero = state
+        miss = _mean(jnp.abs(p.w - p.levels(scale, zero) * scale), p.weight)
+        _, scale, zero = keep_better(best, miss, scale, zero)
+        return p.finish(scale, zero)
 
     def _step(self, p: Problem, i, state):
-        best, best_scale, best_zero, scale, zero = state
+        """Scores the current iterate, then moves to the next."""
+        best, scale, zero = state
         levels = p.levels(scale, zero)
         residual = p.w - levels * scale
-        beta = self.beta * jnp.power(self.kappa, i.astype(jnp.float32))
         size = jnp.abs(residual)
-        safe = jnp.where(size > 0, size, 1.0)
-        cut = jnp.where(size > 0, safe ** (self.lp_norm - 1.0) / beta, 0.0)
-        target = p.w - jnp.sign(residual) * jax.nn.relu(size - cut)
+        beta = self.beta * jnp.power(self.kappa, i.astype(jnp.float32))
+        # |r|^(p - 1) / beta; at r = 0 the exponential is finite and relu gives 0.
+        power = jnp.log(jnp.maximum(size, 1e-30)) * (self.lp_norm - 1.0)
+        kept = jax.nn.relu(size - jnp.exp(power) / beta)
+        target = p.w - jnp.sign(residual) * kept
+        # Written out once: XLA would compute both again inside each of five sums.
+        levels, target = jax.lax.optimization_barrier((levels, target))
+        size = jnp.abs(p.w - levels * scale)
+        best = keep_better(best, _mean(size, p.weight), scale, zero)
+        square, product = levels * levels, levels * target
         if zero is None:
-            scale = p.stored(_fit_scale(levels, target, p.weight, scale))
-        else:
-            codes = levels + zero
-            if self.joint_scale:
-                centred = codes - _mean(codes, p.weight)
-                aimed = target - _mean(target, p.weight)
-                scale = p.stored(_fit_scale(centred, aimed, p.weight, scale))
-            zero = p.stored_zero(_mean(codes - target / scale, p.weight))
-        miss = self._miss(p, scale, zero)
-        better = miss < best
-        if zero is not None:
-            best_zero = jnp.where(better, zero, best_zero)
-        best_scale = jnp.where(better, scale, best_scale)
-        return jnp.minimum(miss, best), best_scale, best_zero, scale, zero
+            fitted = _ratio(_mean(product, p.weight), _mean(square, p.weight), scale)
+            return best, p.stored(fitted), None
+        c, t = _mean(levels, p.weight), _mean(target, p.weight)
+        if self.joint_scale:
+            spread = _mean(square, p.weight) - c * c
+            scale = p.stored(_ratio(_mean(product, p.weight) - c * t, spread, scale))
+        return best, scale, p.stored_zero(zero + c - t / scale)
 
 
 def _mean(x, weight):
@@ -123,8 +124,7 @@ def _mean(x, weight):
     return mass / jnp.where(total > 0, total, 1.0)
 
 
-def _fit_scale(levels, target, weight, scale):
-    """Least-squares scale of `target ~ levels * s`, the old one where undefined."""
-    top, bottom = _mean(levels * target, weight), _mean(levels * levels, weight)
+def _ratio(top, bottom, scale):
+    """The least-squares scale `top / bottom`, the old one where undefined."""
     fitted = top / jnp.where(bottom > 0, bottom, 1.0)
     return jnp.where((bottom > 0) & (fitted > 0), fitted, scale)

@@ -272,7 +272,7 @@ def _grid_search(p: Problem, low, high, shrink: float, grid: int):
     def step(i, best):
         fraction = 1.0 - (1.0 - shrink) * i.astype(jnp.float32) / (grid - 1)
         scale, zero = p.from_range(low * fraction, high * fraction)
-        return _keep_better(best, p.error(scale, zero), scale, zero)
+        return keep_better(best, p.error(scale, zero), scale, zero)
 
     scale, zero = p.from_range(low, high)
     start = (p.error(scale, zero), scale, zero)
@@ -309,14 +309,14 @@ def refine(p: Problem, scale, zero, steps: int = 4):
 
     def step(_, best):
         scale, zero = solve(*best[1:])
-        return _keep_better(best, p.error(scale, zero), scale, zero)
+        return keep_better(best, p.error(scale, zero), scale, zero)
 
     start = (p.error(scale, zero), scale, zero)
     _, scale, zero = jax.lax.fori_loop(0, steps, step, start)
     return scale, zero
 
 
-def _keep_better(best, error, scale, zero):
+def keep_better(best, error, scale, zero):
     """Per group, the old or the new `(error, scale, zero)`, whichever errs less."""
     better = error < best[0]
 
