@@ -257,3 +257,11 @@ def test_refuses(tmp_path, monkeypatch):
     with pytest.raises(MissingExtraError, match=r'pip install "qjax-llm\[plot\]"'):
         write_report(tmp_path / "never", RESULTS)
     assert not (tmp_path / "never").exists()
+
+
+def test_the_harness_adapter_says_what_to_install(monkeypatch):
+    from qjax.evaluate.lm_eval import as_harness_model
+
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    with pytest.raises(MissingExtraError, match=r'pip install "qjax-llm\[eval\]"'):
+        as_harness_model(None, None)

@@ -1,0 +1,57 @@
+"""Perplexity of the bundled model under every preset, on both test texts.
+
+    command   python benchmarks/quality.py [RECIPE ...] [--windows 200] [--json FILE]
+    hardware  any CPU
+    minutes   half a minute per recipe on two cores
+    result    a Markdown table; decoder linears only, embeddings and head kept
+
+Protocol `gptq`: windows of 512 tokens, first token of each not scored, float32.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import qjax
+from qjax.evaluate import evaluate
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+TEXTS = {"books": "books-test.txt", "WikiText-2": "wikitext-2-test.txt"}
+
+
+def measure(model, tokenizer, windows: int) -> dict[str, float]:
+    """Perplexity on each text."""
+    found = {}
+    for name, file in TEXTS.items():
+        text = (EXAMPLES / "data" / file).read_text("utf-8")
+        result = evaluate(model, tokenizer, text, context=512, windows=windows)
+        found[name] = result["perplexity"]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipes", nargs="*", default=list(qjax.PRESETS))
+    parser.add_argument("--windows", type=int, default=200)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    path = str(EXAMPLES / "model")
+    original, tokenizer = qjax.load(path)
+    rows = {"original": {"bits": 16.0} | measure(original, tokenizer, options.windows)}
+    print("| recipe | bits per quantized weight | books | WikiText-2 |")
+    print("| --- | ---: | ---: | ---: |")
+    for recipe in ["original", *options.recipes]:
+        if recipe != "original":
+            model = qjax.quantize_model(path, recipe)
+            size = qjax.model_size(model)
+            bits = 8 * size.quantized_bytes / size.quantized_parameters
+            rows[recipe] = {"bits": bits} | measure(model, tokenizer, options.windows)
+        row = rows[recipe]
+        figures = [f"{row['bits']:.3f}", *(f"{row[text]:.3f}" for text in TEXTS)]
+        print(f"| {recipe} | {' | '.join(figures)} |", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
