@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from qjax.checkpoint import Artifact, dense_parts, is_artifact
+from qjax.artifact import Artifact, is_artifact
+from qjax.checkpoint import dense_parts
 from qjax.converters.huggingface import (
     TOKENIZER_FILES,
     open_checkpoint,

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from qjax.checkpoint import Artifact, dense_parts, is_artifact, tensor_report
+from qjax.artifact import Artifact, is_artifact, tensor_report
+from qjax.checkpoint import dense_parts
 from qjax.converters.huggingface import open_checkpoint
 from qjax.ops import explain
 from qjax.tensor import QuantizedTensor

@@ -20,15 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax.checkpoint import (
-    ArtifactWriter,
-    Assets,
-    dense_parts,
-    hold,
-    is_artifact,
-    part_name,
-    tensor_report,
-)
+from qjax.artifact import ArtifactWriter, is_artifact, part_name, tensor_report
+from qjax.checkpoint import Assets, dense_parts, hold
 from qjax.converters.huggingface import open_checkpoint
 from qjax.errors import SpecError
 from qjax.formats import Format

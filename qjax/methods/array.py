@@ -19,12 +19,11 @@ from qjax.formats import Format, Int
 from qjax.formats.base import check_choice
 from qjax.methods.base import Method
 from qjax.methods.rtn import RTN
+from qjax.scales import nvfp4_divisor, store_scale
 from qjax.tensor import (
     LayoutTensor,
     QuantizedTensor,
     assemble,
-    nvfp4_divisor,
-    store_scale,
     with_dtype,
 )
 from qjax.wrappers import Transposed

@@ -27,12 +27,11 @@ from qjax.formats import Cast, Format, Grouping, Int
 from qjax.formats.base import check_choice, divided, rounded
 from qjax.formats.codebook import TableFormat
 from qjax.methods.base import Method
+from qjax.scales import nvfp4_divisor, store_scale
 from qjax.tensor import (
     QuantizedTensor,
     assemble,
     load_scale,
-    nvfp4_divisor,
-    store_scale,
 )
 
 _CLAMP = 1e-38  # bitsandbytes' smallest absolute maximum of a partial block
