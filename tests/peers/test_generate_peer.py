@@ -1,37 +1,14 @@
 """Generation and perplexity of the bundled model against transformers."""
 
-import json
-
 import numpy as np
 import pytest
 
-from qjax.converters.huggingface import open_checkpoint
 from qjax.evaluate import evaluate, plan_windows
 from qjax.generate import generate_detailed
-from qjax.models import Decoder, ModelConfig, from_hf
-from qjax.text import load_tokenizer
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_path):
-    """The bundled tokenizer."""
-    return load_tokenizer(model_path)
-
-
-@pytest.fixture(scope="module")
-def model(model_path):
-    """The bundled model in float32."""
-    config = ModelConfig.from_hf(json.loads((model_path / "config.json").read_text()))
-    with open_checkpoint(model_path) as checkpoint:
-        tensors = {
-            name: np.asarray(checkpoint.read(name)).astype(np.float32)
-            for name in checkpoint.names()
-        }
-    return Decoder(config, from_hf(config, tensors))
 
 
 @pytest.fixture(scope="module")

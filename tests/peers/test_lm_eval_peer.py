@@ -5,10 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from qjax.converters.huggingface import open_checkpoint
 from qjax.evaluate.lm_eval import as_harness_model
-from qjax.models import Decoder, ModelConfig, from_hf
-from qjax.text import load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -33,24 +30,6 @@ QUESTIONS = [
     ("She was a very", ["xylqk", "beautiful woman", "of of of of"]),
     ("It was the month of", ["May", "vvrrq"]),
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_path):
-    """The bundled tokenizer."""
-    return load_tokenizer(model_path)
-
-
-@pytest.fixture(scope="module")
-def model(model_path):
-    """The bundled model in float32."""
-    config = ModelConfig.from_hf(json.loads((model_path / "config.json").read_text()))
-    with open_checkpoint(model_path) as checkpoint:
-        tensors = {
-            name: np.asarray(checkpoint.read(name)).astype(np.float32)
-            for name in checkpoint.names()
-        }
-    return Decoder(config, from_hf(config, tensors))
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,6 @@ WINDOWS, CONTEXT = 16, 512
 
 
 @pytest.fixture(scope="module")
-def original(model_path):
-    """The bundled model and its tokenizer."""
-    return qjax.load(model_path)
-
-
-@pytest.fixture(scope="module")
 def ours(original, model_path, books_text):
     """Perplexity of the bundled model under a recipe, None being the original."""
 

@@ -39,13 +39,23 @@ def random_tensors(config: dict) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Path:
+def make_model(model_path: Path):
+    """Writes a random Llama with the bundled tokenizer, some keys changed."""
+
+    def make(path: Path, **changes: object) -> Path:
+        config = CONFIG | changes
+        names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+        files = {name: model_path / name for name in names}
+        write_checkpoint(path, config, random_tensors(config), files)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, make_model) -> Path:
     """The directory; do not write to it, copy it."""
-    path = tmp_path_factory.mktemp("tiny") / "model"
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    files = {name: model_path / name for name in names}
-    write_checkpoint(path, CONFIG, random_tensors(CONFIG), files)
-    return path
+    return make_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.converters.huggingface import write_checkpoint
 from qjax.errors import FormatError, NonFiniteError, SpecError, UnsupportedError
 from qjax.io.safetensors import SafetensorsFile, write_safetensors
 
@@ -121,12 +120,8 @@ def test_quantized_sources_are_refused(copied, tmp_path, edit_config):
         qjax.quantize_checkpoint(copied, tmp_path / "out", "int8")
 
 
-def test_a_tokenizer_larger_than_the_vocabulary(tmp_path, model_path, edit_config):
-    from tests.quantize.conftest import CONFIG, random_tensors
-
-    config = CONFIG | {"vocab_size": 100}
-    files = {"tokenizer.json": model_path / "tokenizer.json"}
-    write_checkpoint(tmp_path / "m", config, random_tensors(config), files)
+def test_a_tokenizer_larger_than_the_vocabulary(tmp_path, make_model):
+    make_model(tmp_path / "m", vocab_size=100)
     for act in (
         lambda: qjax.load(tmp_path / "m"),
         lambda: qjax.quantize_checkpoint(tmp_path / "m", tmp_path / "out", "int8"),
