@@ -20,7 +20,6 @@ from qjax.tensor import (
     AffineTensor,
     CodebookTensor,
     LayoutTensor,
-    MinifloatTensor,
     QuantizedTensor,
     load_scale,
 )
@@ -168,8 +167,6 @@ def code_values(
     """Real numbers of unpacked codes of `q`, before zero-point and scale."""
     if isinstance(q, CodebookTensor):
         return lookup(codes, q.table())
-    if isinstance(q, MinifloatTensor) and q.format.code_bits == 4:
-        return lookup(codes, q.format.decode(jnp.arange(16, dtype=jnp.uint8)))
     if codes.dtype in FLOAT8:
         return float8_values(codes)
     return q.format.decode(codes)

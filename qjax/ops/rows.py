@@ -36,7 +36,7 @@ def obstacle(rows: int, q: LayoutTensor, transpose: bool) -> str | None:
     """Why `matvec` cannot compute this product, or None when it can."""
     if transpose:
         return "the product is with the transpose"
-    table = not isinstance(q, AffineTensor) and q.format.code_bits < 8
+    table = isinstance(q, CodebookTensor)
     most = MAX_TABLE_ROWS if table else MAX_ROWS
     if not 1 <= rows <= most:
         return f"it is for 1 to {most} rows of x, not {rows}"
