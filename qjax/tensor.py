@@ -20,6 +20,7 @@ safetensors can store. Constructors do not validate, because pytree operations p
 arbitrary objects in the leaves; `qjax.specs` validates what is loaded.
 """
 
+import abc
 import dataclasses
 import json
 import math
@@ -76,7 +77,7 @@ def _load_static(data: bytes | bytearray) -> tuple:
     return tuple(loads.get(type(x), lambda x: x)(x) for x in values)
 
 
-class QuantizedTensor:
+class QuantizedTensor(abc.ABC):
     """Base of every quantized weight: shape, size, indexing and printing.
 
     Subclasses are registered dataclass pytrees. `format` is the number format,
@@ -88,9 +89,9 @@ class QuantizedTensor:
     matrix: tuple[int, int]
 
     @property
+    @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Logical shape `[*lead, in, out]`."""
-        raise NotImplementedError
 
     @property
     def ndim(self) -> int:
@@ -113,6 +114,7 @@ class QuantizedTensor:
         """All stored bits, scales included, over logical weights (0 when empty)."""
         return 8 * self.nbytes / self.size if self.size else 0.0
 
+    @abc.abstractmethod
     def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
         """The dense weight, computed in float32 and cast.
 
@@ -122,7 +124,6 @@ class QuantizedTensor:
         Returns:
           Array of `shape`.
         """
-        raise NotImplementedError
 
     def __getitem__(self, index: Any) -> "QuantizedTensor":
         """Indexes leading axes; the matrix axes cannot be cut.

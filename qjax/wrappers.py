@@ -8,6 +8,7 @@ states its logical weight; `qjax.ops.matmul` applies the operation to the activa
 or the result instead of the weight.
 """
 
+import abc
 import dataclasses
 from typing import Any
 
@@ -51,9 +52,9 @@ class Wrapper(QuantizedTensor):
             dtype or self.dtype
         )
 
+    @abc.abstractmethod
     def compose(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
         """Applies the wrapper to the dense float32 base."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base!r})"

@@ -8,6 +8,7 @@ format's `grouping`; which scale they get is a method's choice (`qjax.methods`).
 
 import abc
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -51,9 +52,10 @@ def build_described(
     """
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items()}
     kind = fields.pop("kind", None)
-    cls = registry.get(kind) if isinstance(kind, str) else None
+    concrete = {n: c for n, c in registry.items() if not inspect.isabstract(c)}
+    cls = concrete.get(kind) if isinstance(kind, str) else None
     if cls is None:
-        known = ", ".join(sorted(registry))
+        known = ", ".join(sorted(concrete))
         raise SpecError(f"{what}: unknown kind {kind!r}; known kinds: {known}")
     known_fields = {f.name for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     if unknown := sorted(set(fields) - known_fields):

@@ -15,6 +15,7 @@ Reference: Dettmers et al., QLoRA, arXiv 2305.14314, sections 3 and 4; Dettmers 
 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861, section 2.1.
 """
 
+import abc
 import dataclasses
 import functools
 from typing import ClassVar
@@ -73,9 +74,9 @@ class TableFormat(Format):
         check_choice(where, "scale_dtype", self.scale_dtype, FLOAT_SCALES)
 
     @property
+    @abc.abstractmethod
     def table(self) -> np.ndarray:
         """Value of each code, float32, in code order."""
-        raise NotImplementedError
 
     @property
     def name(self) -> str:

@@ -9,6 +9,7 @@ Reference: OCP Microscaling Formats (MX) v1.0, sections 5 and 6; compressed-tens
 `compressors/nvfp4`, `compressors/mxfp4`.
 """
 
+import abc
 import dataclasses
 from typing import ClassVar
 
@@ -31,9 +32,9 @@ class Minifloat(Format):
     """Base of formats whose codes are small floats."""
 
     @property
+    @abc.abstractmethod
     def kind(self) -> str:
         """Element type: `e2m1`, `e4m3` or `e5m2`."""
-        raise NotImplementedError
 
     @property
     def code_bits(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]

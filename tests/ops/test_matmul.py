@@ -239,7 +239,8 @@ def test_unknown_wrappers_are_refused():
 
     @dataclasses.dataclass(frozen=True, repr=False)
     class Strange(Wrapper):
-        pass
+        def compose(self, w):
+            return w
 
     with pytest.raises(UnsupportedError, match="no rule for Strange"):
         matmul(random((1, 96), 1), Strange(weight("int4-g32")))

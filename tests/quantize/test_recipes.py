@@ -65,6 +65,7 @@ def test_hand_written_recipe_file(tmp_path):
         ({"rules": [{"pattern": "*"}]}, 'rule 0: needs "format" or "keep": true'),
         ({"rules": [{"pattern": "*", "keep": True, "bits": 4}]}, "unknown fields"),
         ({"rules": [{"pattern": "*", "format": {"kind": "Int9"}}]}, "unknown kind"),
+        ({"rules": [{"pattern": "*", "format": {"kind": "TableFormat"}}]}, "unknown"),
         ({"rules": [{"pattern": "re:(", "keep": True}]}, "recipe pattern 're:('"),
         (
             {"rules": [{"pattern": "*", "format": "nf4", "method": "gtpq"}]},
