@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lowest first. A room imports rooms above it in this list, itself, and nothing below;
 # rooms on one line are neighbours that do not import each other.
 LAYERS = [
-    ["errors", "compat"],
+    ["errors", "compat", "pallas_kernels"],
     ["packing"],
     ["formats"],
     ["tensor"],
@@ -33,7 +33,6 @@ LAYERS = [
     ["calibration"],
     ["recipes"],
     ["tree"],
-    ["pallas_kernels"],
     ["ops"],
     ["nn"],
     ["chat_worker"],
@@ -61,7 +60,8 @@ HEAVY = {"torch", "transformers", "matplotlib", "lm_eval", "datasets", "pandas"}
 
 def _modules() -> Iterator[tuple[str, Path]]:
     """Installed name and file of every module of the library."""
-    for prefix, folder in (("qjax", "qjax"), ("qjax.converters", "converters")):
+    for prefix in ("qjax", "qjax.converters", "qjax.pallas_kernels"):
+        folder = prefix.rpartition(".")[2]
         for file in sorted((ROOT / folder).rglob("*.py")):
             parts = [*file.relative_to(ROOT / folder).with_suffix("").parts]
             if parts[-1] == "__init__":

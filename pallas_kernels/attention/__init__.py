@@ -1,0 +1,1 @@
+"""Decode attention over a quantized KV cache, and the write that quantizes."""

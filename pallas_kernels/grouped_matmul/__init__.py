@@ -1,0 +1,1 @@
+"""Products of ragged groups of rows, each with its own packed matrix (experts)."""

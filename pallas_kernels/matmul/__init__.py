@@ -1,0 +1,1 @@
+"""Weight-only products: float activations times a packed matrix."""

@@ -1,0 +1,1 @@
+"""CPU kernels in C++, called through jax.ffi; absent without a compiler."""

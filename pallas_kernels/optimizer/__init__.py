@@ -1,0 +1,1 @@
+"""Fused optimizer updates with 8-bit blockwise states."""

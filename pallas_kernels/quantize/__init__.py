@@ -1,0 +1,1 @@
+"""Blockwise encoders: weights or activations to codes and scales."""
