@@ -203,3 +203,69 @@ def hadamard(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
         y = y.reshape(*lead, n // block, block)
         span *= 2
     return (y * jnp.asarray(block**-0.5, x.dtype)).reshape(x.shape)
+
+
+@pytree_node
+@dataclasses.dataclass(frozen=True, repr=False)
+class LayerOf(Wrapper):
+    """`w = base[layer]`: one layer of a stack, not cut out of it.
+
+    A scan over a stack that slices it copies every layer's codes before multiplying by
+    them. With this view the stack stays where it is and kernels read the layer.
+
+    Attributes:
+      base: a weight with one leading axis.
+      layer: int32 scalar, usually traced.
+    """
+
+    layer: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape of the layer."""
+        return self.matrix
+
+    def cut(self) -> QuantizedTensor:
+        """The layer as a tensor of its own: a copy."""
+
+        def take(leaf):
+            return jax.lax.dynamic_index_in_dim(leaf, self.layer, 0, keepdims=False)
+
+        return jax.tree.map(take, self.base)
+
+    def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
+        """See `QuantizedTensor.dequantize`."""
+        return self.cut().dequantize(dtype)
+
+    def compose(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Takes the layer."""
+        return jax.lax.dynamic_index_in_dim(w, self.layer, 0, keepdims=False)
+
+
+def layer_of(tree: Any, layer: Any) -> Any:
+    """One layer of stacked parameters, packed weights left in place.
+
+    Args:
+      tree: pytree whose every leaf has a leading layer axis.
+      layer: int32 scalar.
+
+    Returns:
+      The tree with arrays cut, and packed weights as `LayerOf` inside their wrappers.
+    """
+
+    def packed(leaf):
+        return isinstance(leaf, QuantizedTensor)
+
+    def take(leaf):
+        if not packed(leaf):
+            return jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)
+        if not isinstance(leaf, Wrapper):
+            return LayerOf(leaf, layer)
+        fields = {
+            f.name: getattr(leaf, f.name)
+            for f in dataclasses.fields(leaf)
+            if not f.metadata.get("static")
+        }
+        return dataclasses.replace(leaf, **{k: take(v) for k, v in fields.items()})
+
+    return jax.tree.map(take, tree, is_leaf=packed)

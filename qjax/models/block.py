@@ -18,6 +18,8 @@ from qjax.models.attention import Attention, LayerNumbers
 from qjax.models.cache import LayerCache, Positions
 from qjax.models.config import ModelConfig
 from qjax.models.layers import MLP, Leaves, Norm, below
+from qjax.tensor import QuantizedTensor
+from qjax.wrappers import layer_of
 
 
 class Block(nnx.Module):
@@ -104,17 +106,30 @@ def run_blocks(
     """
     graph, state = nnx.split(blocks)
     count = jax.tree.leaves(state)[0].shape[0]
+    # Packed weights are not sliced by the scan: kernels read the layer in its stack.
+    leaves, tree = jax.tree.flatten(state, is_leaf=is_packed)
+    dense = [None if is_packed(leaf) else leaf for leaf in leaves]
 
     def step(carry: Any, item: Any) -> tuple[Any, None]:
         x, stored = carry
-        state, numbers, layer = item
+        dense, numbers, layer = item
+        one = [
+            layer_of(leaf, layer) if cut is None else cut
+            for leaf, cut in zip(leaves, dense, strict=True)
+        ]
         view = None if stored is None else LayerCache(stored[0], stored[1], layer)
-        x, view = nnx.merge(graph, state)(x, positions, numbers, view)
+        block = nnx.merge(graph, jax.tree.unflatten(tree, one))
+        x, view = block(x, positions, numbers, view)
         return (x, None if view is None else (view.keys, view.values)), None
 
     layers = jnp.arange(count, dtype=jnp.int32)
-    (x, cache), _ = jax.lax.scan(step, (x, cache), (state, numbers, layers))
+    (x, cache), _ = jax.lax.scan(step, (x, cache), (dense, numbers, layers))
     return x, cache
+
+
+def is_packed(leaf: Any) -> bool:
+    """Whether a leaf of a parameter tree is a packed weight."""
+    return isinstance(leaf, QuantizedTensor)
 
 
 def structure(leaf: Any) -> Any:

@@ -22,17 +22,20 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from qjax.errors import SpecError, UnsupportedError
+from qjax.ops import device
 from qjax.ops.blocks import materialize_scale, same_variance
 from qjax.ops.product import (
     BACKENDS,
     array_product,
     choose,
+    cut,
     dense_product,
     product,
 )
 from qjax.tensor import LayoutTensor, QuantizedTensor
 from qjax.wrappers import (
     InputScaled,
+    LayerOf,
     LowRank,
     Permuted,
     Rotated,
@@ -60,8 +63,8 @@ def matmul(
       x: float activations `[*batch, in]`; rank 1 is a single row.
       w: float array `[in, out]`, or a quantized tensor of that shape. Stacked weights
         are for `jax.vmap` and `jax.lax.scan`.
-      backend: None picks; `"cpu"` and `"xla"` are described in
-        `qjax.ops.product.BACKENDS`;
+      backend: None picks; the names in `qjax.ops.product.BACKENDS` (`"tpu"`,
+        `"gpu"`, `"native"`, `"cpu"`, `"xla"`) are described there;
         `"reference"` is `x @ w.dequantize()`, for comparison.
 
     Returns:
@@ -84,12 +87,13 @@ def matmul(
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
-def explain(x_shape: tuple[int, ...], w: Any) -> str:
+def explain(x_shape: tuple[int, ...], w: Any, dtype: Any = jnp.float32) -> str:
     """Says which backend `matmul` would run on the default platform, and why.
 
     Args:
       x_shape: shape of the activations.
       w: the weight.
+      dtype: dtype of the activations.
 
     Returns:
       One line, for example `cpu: decodes rows ... (1 row of x, int4-g128)`.
@@ -99,7 +103,7 @@ def explain(x_shape: tuple[int, ...], w: Any) -> str:
     """
     _check(tuple(x_shape), jnp.dtype(jnp.float32), w, None)
     wrapped, transpose = [], False
-    while isinstance(w, QuantizedTensor) and not isinstance(w, LayoutTensor):
+    while isinstance(w, QuantizedTensor) and not isinstance(w, LayoutTensor | LayerOf):
         wrapped.append(type(w).__name__)
         transpose ^= isinstance(w, Transposed)
         w = w.base  # pyright: ignore[reportAttributeAccessIssue]
@@ -107,8 +111,9 @@ def explain(x_shape: tuple[int, ...], w: Any) -> str:
     if not isinstance(w, QuantizedTensor):
         return f"dense: one matrix product with a {w.dtype} array{via}"
     m = math.prod(x_shape[:-1])
-    platform = jax.default_backend()
-    name, refused = choose(platform, m, w, transpose)  # pyright: ignore[reportArgumentType]
+    platform = device.platform()
+    q = jax.eval_shape(_float_scale, w)
+    name, refused = choose(platform, m, q, jnp.dtype(dtype), transpose)
     because = "".join(f"; not {other}: {why}" for other, why in refused)
     count = f"{m} row{'' if m == 1 else 's'} of x"
     summary = BACKENDS[name].summary
@@ -137,8 +142,8 @@ def _apply(x, w: Any, transpose, backend):
     """`x W` or `x W^T` for rows of `x`; unwraps wrappers."""
     if not isinstance(w, QuantizedTensor):
         return array_product(x, w, transpose)
-    if isinstance(w, LayoutTensor):
-        q = materialize_scale(w)
+    if isinstance(w, LayoutTensor | LayerOf):
+        q = _float_scale(w)
         if x.shape[0] == 0 or not q.size:
             return jnp.zeros((x.shape[0], q.matrix[0 if transpose else 1]), x.dtype)
         x, q = same_variance((x, q))
@@ -161,6 +166,13 @@ def _apply(x, w: Any, transpose, backend):
     if transpose:
         return after(_apply(x, w.base, True, backend))
     return _apply(before(x), w.base, False, backend)
+
+
+def _float_scale(w):
+    """Decodes a nested scale, which no backend reads; that of a layer, out of it."""
+    if isinstance(w, LayerOf):
+        return cut(w) if isinstance(w.base.scale, QuantizedTensor) else w
+    return materialize_scale(w)
 
 
 def _sides(w):

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,15 @@ from jaxtyping import Array, Float
 
 from qjax.errors import UnsupportedError
 from qjax.formats import Cast
-from qjax.ops import blocked, rows
-from qjax.ops.blocks import same_variance
+from qjax.ops import blocked, device, kernels, rows
+from qjax.ops.blocks import materialize_scale, same_variance
 from qjax.tensor import LayoutTensor, MinifloatTensor
+from qjax.wrappers import LayerOf
 
 logger = logging.getLogger("qjax.ops")
+
+
+Packed = LayoutTensor | LayerOf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,48 +35,82 @@ class Backend:
 
     Attributes:
       summary: what it does, for `explain`.
-      obstacle: `(rows of x, weight, transpose)` to the reason it cannot, or None.
+      obstacle: `(rows of x, weight, dtype of x, transpose)` to the reason it cannot, or
+        None.
       run: `(x [m, k], weight, transpose)` to the product in the dtype of `x`.
     """
 
     summary: str
-    obstacle: Callable[[int, LayoutTensor, bool], str | None]
-    run: Callable[[Float[Array, "m k"], LayoutTensor, bool], Float[Array, "m n"]]
+    obstacle: Callable[[int, Packed, Any, bool], str | None]
+    run: Callable[[Float[Array, "m k"], Packed, bool], Float[Array, "m n"]]
+
+
+def cut(q: Packed) -> LayoutTensor:
+    """The weight with a float scale, on its own: a layer is copied out of its stack."""
+    q = q.cut() if isinstance(q, LayerOf) else q  # pyright: ignore[reportAssignmentType]
+    return materialize_scale(q)  # pyright: ignore[reportArgumentType]
+
+
+def _rows_obstacle(m, q, dtype, transpose):
+    del dtype
+    return rows.obstacle(m, _shape_of(q), transpose)
+
+
+def _shape_of(q):
+    """What `cut` will return, without computing it."""
+    return jax.eval_shape(cut, q)
 
 
 def _run_xla(x, q, transpose):
     """Block dtype and row padding differ between CPU and accelerators."""
     return lax.platform_dependent(
         x,
-        q,
+        cut(q),
         cpu=functools.partial(blocked.contract, transpose=transpose, cpu=True),
         default=functools.partial(blocked.contract, transpose=transpose, cpu=False),
     )
 
 
+def _kernel(name, summary):
+    return Backend(
+        summary,
+        functools.partial(kernels.obstacle, name),
+        functools.partial(kernels.run_kernel, name),
+    )
+
+
 BACKENDS: dict[str, Backend] = {
+    "tpu": _kernel("tpu", "Pallas kernel, decodes blocks in vector memory"),
+    "gpu": _kernel("gpu", "Pallas Mosaic GPU kernel, decodes in registers"),
+    "native": _kernel("native", "C++ kernel, decodes in registers"),
     "cpu": Backend(
         "decodes rows of the packed weight in registers, float32, exact activations",
-        rows.obstacle,
-        lambda x, q, transpose: rows.matvec(x, q),
+        _rows_obstacle,
+        lambda x, q, transpose: rows.matvec(x, cut(q)),
     ),
     "xla": Backend(
         "decodes blocks of the weight, one matrix product per block",
-        lambda m, q, transpose: None,
+        lambda m, q, dtype, transpose: None,
         _run_xla,
     ),
 }
 """Backends by name."""
 
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "xla"), "default": ("xla",)}
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("native", "cpu", "xla"),
+    "tpu": ("tpu", "xla"),
+    "cuda": ("gpu", "xla"),
+    "default": ("xla",),
+}
 """Backends to try in order, by platform."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def product(x, q, transpose, backend):
     """`x W` or `x W^T` for a packed matrix."""
+    m, dtype = x.shape[0], x.dtype
     if backend is not None:
-        reason = BACKENDS[backend].obstacle(x.shape[0], q, transpose)
+        reason = BACKENDS[backend].obstacle(m, q, dtype, transpose)
         if reason:
             raise UnsupportedError(
                 f"matmul: backend {backend!r} cannot multiply {list(x.shape)} by "
@@ -79,8 +118,10 @@ def product(x, q, transpose, backend):
             )
         _log(x, q, transpose, backend)
         return BACKENDS[backend].run(x, q, transpose)
-    m = x.shape[0]
-    names = {key: choose(key, m, q, transpose)[0] for key in PREFERENCE}
+    # Programs can be compiled for a platform other than the one they are traced for;
+    # of accelerators, only the one that is traced for has its kernels chosen.
+    keys = {"cpu", "default", device.platform()} & set(PREFERENCE)
+    names = {key: choose(key, m, q, dtype, transpose)[0] for key in sorted(keys)}
     if len(set(names.values())) == 1:
         _log(x, q, transpose, names["default"])
         return BACKENDS[names["default"]].run(x, q, transpose)
@@ -97,11 +138,11 @@ def _log(x, q, transpose, what):
     logger.debug("matmul x=%s w=%r%s: %s", list(x.shape), q, turned, what)
 
 
-def choose(platform, m, q, transpose):
+def choose(platform, m, q, dtype, transpose):
     """First backend without obstacle, and the reasons of those before it."""
     refused = []
     for name in PREFERENCE.get(platform, PREFERENCE["default"]):
-        reason = BACKENDS[name].obstacle(m, q, transpose)
+        reason = BACKENDS[name].obstacle(m, q, dtype, transpose)
         if reason is None:
             return name, refused
         refused.append((name, reason))
@@ -117,7 +158,15 @@ def _backward(transpose, backend, residuals, dy):
     x, q = residuals
     dx = product(dy, q, not transpose, None)
     a, b = (dy, x) if transpose else (x, dy)
-    return dx, blocked.leaf_gradients(a, b, q)
+    if not isinstance(q, LayerOf):
+        return dx, blocked.leaf_gradients(a, b, q)
+    return dx, _stacked_gradients(a, b, q)
+
+
+def _stacked_gradients(a, b, q):
+    """Gradients of one layer, zeros in the others."""
+    one, pull = jax.vjp(cut, q)
+    return pull(blocked.leaf_gradients(a, b, one))[0]
 
 
 product.defvjp(_forward, _backward)

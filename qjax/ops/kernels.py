@@ -1,0 +1,139 @@
+"""Quantized tensors as the arrays that `qjax.pallas_kernels` multiply by.
+
+`kernel_spec` says what a tensor is to a kernel, or why no kernel can take it;
+`run_kernel` calls one and applies what kernels leave out: NVFP4's divisor and a table's
+offset, which are exact operations on the result.
+
+Kernels see one layer of a stack as the whole stack and a number, so that a scan over
+layers reads packed weights where they lie instead of copying them.
+
+A program on several devices computes each kernel call where the weight's shards are:
+columns stay split as the weight is, rows as the activations are, and shards along `in`
+are summed, when they hold whole groups (see `qjax.ops.partition`).
+"""
+
+import functools
+import importlib
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qjax.errors import SpecError
+from qjax.ops.partition import partitioned
+from qjax.pallas_kernels.weights import KernelError, Weight, WeightSpec
+from qjax.tensor import (
+    AffineTensor,
+    CodebookTensor,
+    LayoutTensor,
+    MinifloatTensor,
+    QuantizedTensor,
+)
+from qjax.wrappers import LayerOf
+
+_ROOM = "qjax.pallas_kernels.matmul"
+KINDS = {"tpu": "tpu", "gpu": "gpu", "native": "cpu"}
+"""Kernel backends and the module that holds each."""
+
+
+def module(name: str) -> Any:
+    """The kernel module of a backend, imported when first asked for."""
+    return importlib.import_module(f"{_ROOM}.{KINDS[name]}")
+
+
+def kernel_spec(q: LayoutTensor) -> WeightSpec | str:
+    """What a tensor is to a kernel.
+
+    Args:
+      q: a weight, possibly with one leading layer axis.
+
+    Returns:
+      The spec, or the reason why no kernel takes it.
+    """
+    rows, cols = q.matrix
+    group = q.grouping
+    if isinstance(q.scale, QuantizedTensor):
+        return "its scales are quantized themselves; qjax.prepack decodes them"
+    if not q.size:
+        return "the weight is empty"
+    if group.kind not in ("in", "channel", "tensor", "block"):
+        return f"scales are grouped by {group.kind!r}, not along `in`"
+    if q.scale is None:
+        return "it is a plain cast, which XLA multiplies by"
+    kind, offset = "table", 0.0
+    if isinstance(q, AffineTensor):
+        kind, offset = "int", q.format.offset if q.format.symmetric else 0.0
+    elif isinstance(q, MinifloatTensor):
+        kind = q.format.kind  # pyright: ignore[reportAttributeAccessIssue]
+    size = group.size if group.kind in ("in", "block") else rows
+    return WeightSpec(rows, cols, kind, q.format.code_bits, size, offset)
+
+
+def kernel_weight(q: LayoutTensor, spec: WeightSpec) -> Weight:
+    """The arrays of a tensor that `kernel_spec` accepts."""
+    table = q.table() if isinstance(q, CodebookTensor) else None
+    if table is not None and q.codes.ndim == 3:
+        table = jnp.broadcast_to(table, (q.codes.shape[0], table.shape[-1]))
+    zero = _wide(getattr(q, "zero", None), q, spec)
+    return Weight(q.codes, _wide(q.scale, q, spec), zero, table)
+
+
+def _wide(leaf, q, spec):
+    """Scales or zero-points with one column per output."""
+    if leaf is None:
+        return None
+    if q.grouping.kind == "block":
+        leaf = jnp.repeat(leaf, q.grouping.size, axis=-1)[..., : spec.n]
+    shape = (*q.codes.shape[:-2], spec.groups, spec.n)
+    return jnp.broadcast_to(leaf, shape)
+
+
+def obstacle(name: str, m: int, q: Any, dtype: Any, transpose: bool) -> str | None:
+    """Why a kernel backend cannot compute a product, or None when it can."""
+    q = q.base if isinstance(q, LayerOf) else q
+    spec = kernel_spec(q)
+    if isinstance(spec, str):
+        return spec
+    try:
+        kernel = module(name)
+    except ModuleNotFoundError as e:
+        return str(e)
+    return kernel.obstacle(spec, m, dtype, transpose=transpose)
+
+
+def run_kernel(
+    name: str, x: Float[Array, "m k"], q: Any, transpose: bool
+) -> Float[Array, "m n"]:
+    """`x W` or `x W^T` by a kernel, without obstacle.
+
+    Raises:
+      SpecError: the arrays of `q` do not fit each other.
+    """
+    layer = q.layer if isinstance(q, LayerOf) else None
+    q = q.base if isinstance(q, LayerOf) else q
+    spec = kernel_spec(q)
+    assert isinstance(spec, WeightSpec)  # `obstacle` was asked
+    call = functools.partial(_call, name, transpose)
+    try:
+        y = partitioned(call, x, kernel_weight(q, spec), spec, layer, transpose)
+    except KernelError as error:
+        raise SpecError(str(error)) from None
+    return _finish(x, y, q, layer)
+
+
+def _call(name, transpose, x, weight, spec, layer):
+    return module(name).matmul(x, weight, spec, layer=layer, transpose=transpose)
+
+
+def _finish(x, y, q, layer):
+    """The divisor of NVFP4 and the offset of a table."""
+    divisor, offset = getattr(q, "global_scale", None), getattr(q, "offset", None)
+    if divisor is None and offset is None:
+        return y
+    total = y.astype(jnp.float32)
+    if divisor is not None:
+        total = total / (divisor if layer is None else divisor[layer])
+    if offset is not None:
+        offset = offset if layer is None else offset[layer]
+        total = total + jnp.sum(x.astype(jnp.float32), 1, keepdims=True) * offset
+    return total.astype(y.dtype)
