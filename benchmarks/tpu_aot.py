@@ -97,21 +97,20 @@ def schedules(folder):
         units = [unit.strip() for unit in header.split(",")]
         rows = [[int(x) for x in line.split()] for line in lines[start + 1 :]]
         rows = [row for row in rows if len(row) == len(units)]
-        use = dict(zip(units, (sum(column) for column in zip(*rows, strict=True))))
+        sums = [sum(column) for column in zip(*rows, strict=True)]
+        use = dict(zip(units, sums, strict=True))
         found[name[1]] = {"bundles": len(rows), **use}
     return found
 
 
 def vmem_bytes(folder):
-    """VMEM that the kernels of the dumped program allocate, or None if unknown."""
-    total = None
-    for file in folder.glob("*-final_bundles.txt"):
-        if "-TLP-" in file.name or "-<" in file.name:
-            continue
-        for line in file.read_text().splitlines():
-            size = re.search(r"#allocation\d+ \[shape = .*?size = (0x[0-9a-f]+)", line)
-            if size and "vmem" in line:
-                total = (total or 0) + int(size[1], 16)
+    """VMEM that the kernels of the dumped program allocate."""
+    pattern = re.compile(r"#allocation\d+ \[.*?space=vmem, size = (0x[0-9a-f]+)")
+    total = 0
+    for file in folder.glob("*-02-original.txt"):
+        if "-TLP-" not in file.name and "-<" not in file.name:
+            sizes = pattern.findall(file.read_text())
+            total = max(total, sum(int(size, 16) for size in sizes))
     return total
 
 
