@@ -2,10 +2,12 @@
 
 Plain JAX: float32 scores and softmax, no materialised repetition of key heads. Long
 calls are split over queries so that no more than `MAX_SCORES` scores exist at a time;
-each part sees all keys, so the result is the same.
+each part sees all keys, so the result is the same. Quantized caches are read by
+`qjax.ops.attention`.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from qjax.models.cache import LayerCache, Positions
+from qjax.models.cache import FloatKV, LayerCache, Positions, QuantizedKV
 from qjax.models.config import ModelConfig
 from qjax.models.layers import Leaves, Norm, below, linear
 from qjax.models.rope import apply_rope
+from qjax.ops.attention import cached_attention
 
 MAX_SCORES = 2**26
 MASKED = -1e30  # finite: a row that sees nothing averages instead of giving NaN
@@ -162,16 +165,35 @@ class Attention(nnx.Module):
         k = jnp.swapaxes(k, 1, 2)
         if cache is not None:
             cache = cache.write(k, v, positions.index)
-            k, v = cache.read()
-        groups = config.heads // config.kv_heads
-        mixed = _attend_in_parts(
-            q.reshape(*x.shape[:2], config.kv_heads, groups, config.head_dim),
-            k,
-            v,
-            positions.queries,
-            positions.keys,
-            scale=config.attention_scale if numbers.scale is None else numbers.scale,
-            window=numbers.window,
-            softcap=config.attention_softcap,
-        )
+        mixed = self._mix(q, k, v, positions, numbers, cache)
         return self.o(mixed.reshape(*x.shape[:2], config.q_dim)), cache
+
+    def _mix(
+        self,
+        q: Float[Array, "batch time heads head_dim"],
+        k: Float[Array, "batch kv_heads time head_dim"],
+        v: Float[Array, "batch kv_heads time head_dim"],
+        positions: Positions,
+        numbers: LayerNumbers,
+        cache: LayerCache | None,
+    ) -> Float[Array, "batch time *heads head_dim"]:
+        """Attends to what the cache holds, or to `k` and `v`."""
+        config = self.config
+        options: dict[str, Any] = {
+            "scale": config.attention_scale if numbers.scale is None else numbers.scale,
+            "window": numbers.window,
+            "softcap": config.attention_softcap,
+        }
+        stored = None if cache is None else cache.stored
+        if cache is not None and isinstance(stored, QuantizedKV):
+            options |= {"layer": cache.layer, "rotate": stored.rotate}
+            where = (positions.queries, positions.keys, positions.index)
+            turned = jnp.swapaxes(q, 1, 2)
+            mixed = cached_attention(turned, k, v, stored.kv, *where, **options)
+            return jnp.swapaxes(mixed, 1, 2)
+        if cache is not None and isinstance(stored, FloatKV):
+            k, v = stored.read(cache.layer)
+        groups = config.heads // config.kv_heads
+        q = q.reshape(*q.shape[:2], config.kv_heads, groups, config.head_dim)
+        where = (positions.queries, positions.keys)
+        return _attend_in_parts(q, k, v, *where, **options)

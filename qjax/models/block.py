@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from qjax.models.attention import Attention, LayerNumbers
-from qjax.models.cache import LayerCache, Positions
+from qjax.models.cache import FloatKV, LayerCache, Positions, QuantizedKV
 from qjax.models.config import ModelConfig
 from qjax.models.layers import MLP, Leaves, Norm, below
 from qjax.tensor import QuantizedTensor
@@ -90,8 +90,8 @@ def run_blocks(
     x: Float[Array, "batch time dim"],
     positions: Positions,
     numbers: LayerNumbers,
-    cache: tuple[Array, Array] | None = None,
-) -> tuple[Float[Array, "batch time dim"], tuple[Array, Array] | None]:
+    cache: FloatKV | QuantizedKV | None = None,
+) -> tuple[Float[Array, "batch time dim"], FloatKV | QuantizedKV | None]:
     """Runs a stack of blocks one after the other in a single scan.
 
     Args:
@@ -117,10 +117,10 @@ def run_blocks(
             layer_of(leaf, layer) if cut is None else cut
             for leaf, cut in zip(leaves, dense, strict=True)
         ]
-        view = None if stored is None else LayerCache(stored[0], stored[1], layer)
+        view = None if stored is None else LayerCache(stored, layer)
         block = nnx.merge(graph, jax.tree.unflatten(tree, one))
         x, view = block(x, positions, numbers, view)
-        return (x, None if view is None else (view.keys, view.values)), None
+        return (x, None if view is None else view.stored), None
 
     layers = jnp.arange(count, dtype=jnp.int32)
     (x, cache), _ = jax.lax.scan(step, (x, cache), (dense, numbers, layers))

@@ -22,11 +22,12 @@ from jaxtyping import Array, Float, Int
 from qjax.errors import SpecError
 from qjax.models.attention import LayerNumbers, layer_numbers
 from qjax.models.block import Block, run_blocks, stack, structure
-from qjax.models.cache import KVCache, Positions
+from qjax.models.cache import KVCache, Positions, empty_kv
 from qjax.models.config import ModelConfig
 from qjax.models.layers import Embedding, Norm, below, leaves_of, linear, wide_matmul
 from qjax.models.rope import rope_angles
 from qjax.models.weights import HEAD, param_shapes
+from qjax.ops import canonical
 
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
@@ -122,19 +123,18 @@ class Decoder(nnx.Module):
         """
         where = self.positions(tokens, cache, positions)
         x = self.embed(tokens, where.queries)
-        keys, values = [], []
+        stores = []
         for run, (blocks, (start, stop)) in enumerate(
             zip(self.layers, self.runs, strict=True)
         ):
-            stored = None if cache is None else (cache.keys[run], cache.values[run])
+            stored = None if cache is None else cache.runs[run]
             numbers = layer_numbers(self.config, start, stop)
             x, stored = run_blocks(blocks, x, where, numbers, stored)
             if stored is not None:
-                keys.append(stored[0])
-                values.append(stored[1])
+                stores.append(stored)
         if cache is not None:
             index = cache.index + tokens.shape[1]
-            cache = KVCache(tuple(keys), tuple(values), where.keys, index)
+            cache = KVCache(tuple(stores), where.keys, index)
         return (x if self.norm is None else self.norm(x)), cache
 
     def logits(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocab"]:
@@ -169,16 +169,23 @@ class Decoder(nnx.Module):
         sin = jnp.stack([table[1] for table in tables]) if tables else None
         return Positions(positions, keys, cos, sin, index)
 
-    def init_cache(self, batch: int, length: int, dtype: Any = None) -> KVCache:
+    def init_cache(
+        self, batch: int, length: int, dtype: Any = None, *, rotate: str = "none"
+    ) -> KVCache:
         """Returns an empty cache of `length` slots per row.
 
         Args:
             batch: Number of rows.
             length: Number of tokens each row can hold, padding included.
-            dtype: Dtype of keys and values; the compute dtype by default.
+            dtype: Float dtype of keys and values, the compute dtype by default; or
+                `"int8"`, `"fp8"` (`"float8_e4m3fn"`) or `"int4"` to store codes with
+                a scale per token and head.
+            rotate: Mix `"keys"` or `"both"` keys and values of a quantized cache with a
+                Hadamard matrix before rounding, which spreads outliers.
 
         Raises:
-            SpecError: The length is not positive, or exceeds learned positions.
+            SpecError: The length is not positive, or exceeds learned positions; the
+                dtype is unknown; nothing to rotate.
         """
         if length < 1:
             raise SpecError(f"cache length is {length}; expected at least 1")
@@ -186,12 +193,10 @@ class Decoder(nnx.Module):
         config = self.config
         shape = (batch, config.kv_heads, length, config.head_dim)
 
-        def empty() -> tuple[Array, ...]:
-            kind = np.dtype(dtype or self.dtype)
-            return tuple(jnp.zeros((b - a, *shape), kind) for a, b in self.runs)
-
+        kind = self.dtype if dtype is None else dtype
+        runs = tuple(empty_kv((b - a, *shape), kind, rotate) for a, b in self.runs)
         unwritten = jnp.full((batch, length), -1, jnp.int32)
-        return KVCache(empty(), empty(), unwritten, jnp.zeros((), jnp.int32))
+        return KVCache(runs, unwritten, jnp.zeros((), jnp.int32))
 
     def blocks(self) -> Iterator[tuple[int, Block, LayerNumbers]]:
         """Yields every layer's index, its own unstacked block, and its numbers."""
@@ -205,16 +210,18 @@ class Decoder(nnx.Module):
     def parts(self) -> Iterator[tuple[int | None, dict[str, Any]]]:
         """Yields parameters by path, unstacked: embeddings, each layer, norm and head.
 
-        The layer index is None for the first and the last part.
+        The layer index is None for the first and the last part. Weights come in the
+        layout at rest, also when the model is prepacked.
         """
-        tables = self.embed.leaves()
+        tables = canonical(self.embed.leaves())
         yield None, {f"embed.{path}": leaf for path, leaf in tables.items()}
         for layer, block, _ in self.blocks():
             start = f"layers.{layer}."
-            yield layer, {start + path: leaf for path, leaf in leaves_of(block).items()}
+            leaves = canonical(leaves_of(block))
+            yield layer, {start + path: leaf for path, leaf in leaves.items()}
         last: dict[str, Any] = {}
         for name, module in (("norm", self.norm), ("head", self.head)):
-            found = {} if module is None else leaves_of(module)
+            found = {} if module is None else canonical(leaves_of(module))
             last |= {f"{name}.{path}": leaf for path, leaf in found.items()}
         yield None, last
 

@@ -121,7 +121,7 @@ def test_layers_that_differ_in_dtype_form_runs(golden, tensors_of):
     expected = _full(Decoder(config, params), tokens)
     logits, cache = _run(split, tokens, split.init_cache(2, 12))
     np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=1e-5)
-    assert len(cache.keys) == 3
+    assert len(cache.runs) == 3
 
 
 def test_compile_size_does_not_grow_with_depth(golden):
@@ -154,7 +154,7 @@ def test_bfloat16_compute_is_close_and_logits_stay_float32(golden, tensors_of):
     model = Decoder(config, params, dtype="bfloat16")
     rough, cache = _run(model, tokens, model.init_cache(2, 12))
     assert rough.dtype == jnp.float32
-    assert cache.keys[0].dtype == jnp.bfloat16
+    assert cache.runs[0].keys.dtype == jnp.bfloat16
     assert np.abs(np.asarray(rough) - exact).max() < 0.1 * np.abs(exact).max()
 
 

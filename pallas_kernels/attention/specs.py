@@ -1,0 +1,167 @@
+"""What the attention kernels can do, and the tiles they use.
+
+`obstacle` answers without a device; `config` picks tiles from `TABLE`, measured by
+compiling for the device (`python benchmarks/cases_attention.py tpu`).
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from .reference import KINDS, KV
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Shapes and dtypes of one call.
+
+    Attributes:
+      batch: Rows.
+      heads: Query heads.
+      kv_heads: Key and value heads.
+      time: Queries per row.
+      length: Slots per row.
+      head_dim: Width of a head.
+      kind: What codes are.
+      dtype: Of queries and result.
+      scale_dtype: Of the scales.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    time: int
+    length: int
+    head_dim: int
+    kind: str
+    dtype: str
+    scale_dtype: str = "float32"
+
+    @classmethod
+    def of(cls, q, cache: KV) -> "Problem":
+        """Reads the shapes of a call's arrays."""
+        batch, heads, time, width = q.shape
+        return cls(
+            batch=batch,
+            heads=heads,
+            kv_heads=cache.codes.shape[-3],
+            time=time,
+            length=cache.length,
+            head_dim=width,
+            kind=cache.kind,
+            dtype=jnp.dtype(q.dtype).name,
+            scale_dtype=jnp.dtype(cache.scale.dtype).name,
+        )
+
+    @property
+    def rows(self) -> int:
+        """Queries that share a key head: groups times tokens."""
+        return self.heads // self.kv_heads * self.time
+
+    @property
+    def row(self) -> int:
+        """Codes of a token, key and value together."""
+        return self.head_dim if self.kind == "int4" else 2 * self.head_dim
+
+    @property
+    def cache_bytes(self) -> int:
+        """Stored bytes of the whole cache: codes and scales."""
+        scale = 2 * jnp.dtype(self.scale_dtype).itemsize
+        return self.batch * self.kv_heads * self.length * (self.row + scale)
+
+    @property
+    def flops(self) -> int:
+        """Multiply-adds of scores and values, times two."""
+        return 4 * self.batch * self.heads * self.time * self.length * self.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tiles of a kernel.
+
+    Attributes:
+      block: Slots per step.
+      splits: Parts the slots are shared out to (GPU); 1 on TPU.
+      stages: Blocks in flight (GPU).
+    """
+
+    block: int = 512
+    splits: int = 1
+    stages: int = 2
+
+
+TABLE: dict[tuple[str, str], Config] = {
+    ("TPU v5 lite", "int8"): Config(block=1024),
+    ("TPU v5", "int8"): Config(block=1024),
+    ("TPU v6 lite", "int8"): Config(block=1024),
+    ("TPU7x", "int8"): Config(block=1024),
+}
+"""Tuned tiles by device kind and code kind; `config` falls back to `Config()`."""
+
+TPU_ROWS = 256
+GPU_ROWS = 64
+GPU_BLOCK = 64
+
+
+def obstacle(backend: str, problem: Problem) -> str | None:
+    """Returns why a kernel cannot do a call, or None.
+
+    Args:
+      backend: "tpu" or "gpu".
+      problem: The call.
+    """
+    p = problem
+    if p.kind not in KINDS:
+        return f"codes are {p.kind}; kernels know {', '.join(KINDS)}"
+    if p.dtype not in DTYPES:
+        return f"queries are {p.dtype}; kernels take {', '.join(DTYPES)}"
+    if min(p.batch, p.heads, p.time, p.length) < 1:
+        return "an axis is empty"
+    return {"tpu": _tpu_obstacle, "gpu": _gpu_obstacle}[backend](p)
+
+
+def _tpu_obstacle(p: Problem) -> str | None:
+    if p.dtype == "float16":
+        return "float16 queries; a TPU computes in bfloat16 or float32"
+    if p.rows > TPU_ROWS:
+        return f"{p.rows} queries share a head; the kernel takes up to {TPU_ROWS}"
+    if p.row % 128:
+        return f"a cache row has {p.row} codes, not a multiple of 128 lanes"
+    if p.length % 128:
+        return f"{p.length} slots, not a multiple of 128"
+    return None
+
+
+def _gpu_obstacle(p: Problem) -> str | None:
+    if p.dtype == "float32":
+        return "float32 queries; tensor cores take bfloat16 or float16"
+    if p.head_dim not in (64, 128, 256):
+        return f"heads of {p.head_dim}; the kernel has 64, 128 and 256"
+    if p.rows > GPU_ROWS:
+        return f"{p.rows} queries share a head; the kernel takes up to {GPU_ROWS}"
+    if p.length % GPU_BLOCK:
+        return f"{p.length} slots, not a multiple of {GPU_BLOCK}"
+    if p.scale_dtype != "float32":
+        return f"{p.scale_dtype} scales; the kernel reads float32"
+    return None
+
+
+def divisor(length: int, most: int, unit: int) -> int:
+    """Returns the largest multiple of `unit` up to `most` that divides `length`."""
+    for size in range(min(most, length) // unit * unit, 0, -unit):
+        if length % size == 0:
+            return size
+    return math.gcd(length, unit)
+
+
+def config(device: str | None, problem: Problem) -> Config:
+    """Returns the tiles for a device and a call.
+
+    Args:
+      device: `jax.Device.device_kind`, or None.
+      problem: The call.
+    """
+    return TABLE.get((device or "", problem.kind), Config())
