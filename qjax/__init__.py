@@ -43,6 +43,7 @@ from qjax.methods import Method as Method
 from qjax.models import Decoder as Decoder
 from qjax.ops import embed as embed
 from qjax.ops import matmul as matmul
+from qjax.ops import prepack as prepack
 from qjax.quantize import QuantizationReport as QuantizationReport
 from qjax.quantize import quantize as quantize
 from qjax.quantize import quantize_checkpoint as quantize_checkpoint

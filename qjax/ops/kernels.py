@@ -12,6 +12,7 @@ columns stay split as the weight is, rows as the activations are, and shards alo
 are summed, when they hold whole groups (see `qjax.ops.partition`).
 """
 
+import dataclasses
 import functools
 import importlib
 from typing import Any
@@ -20,15 +21,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qjax.errors import SpecError
+from qjax.formats import Cast, Format, Int
+from qjax.formats.codebook import TableFormat
+from qjax.formats.minifloat import Minifloat
 from qjax.ops.partition import partitioned
 from qjax.pallas_kernels.weights import KernelError, Weight, WeightSpec
-from qjax.tensor import (
-    AffineTensor,
-    CodebookTensor,
-    LayoutTensor,
-    MinifloatTensor,
-    QuantizedTensor,
-)
+from qjax.tensor import LayoutTensor, QuantizedTensor
 from qjax.wrappers import LayerOf
 
 _ROOM = "qjax.pallas_kernels.matmul"
@@ -41,41 +39,55 @@ def module(name: str) -> Any:
     return importlib.import_module(f"{_ROOM}.{KINDS[name]}")
 
 
-def kernel_spec(q: LayoutTensor) -> WeightSpec | str:
+def kernel_spec(q: Any) -> WeightSpec | str:
     """What a tensor is to a kernel.
 
     Args:
-      q: a weight, possibly with one leading layer axis.
+      q: a `LayoutTensor` or `Prepacked`, possibly with one leading layer axis.
 
     Returns:
       The spec, or the reason why no kernel takes it.
     """
-    rows, cols = q.matrix
-    group = q.grouping
     if isinstance(q.scale, QuantizedTensor):
         return "its scales are quantized themselves; qjax.prepack decodes them"
     if not q.size:
         return "the weight is empty"
+    spec = format_spec(q.format, q.matrix)
+    layout = getattr(q, "layout", None)
+    if isinstance(spec, str) or layout is None:
+        return spec
+    return dataclasses.replace(spec, layout=layout)
+
+
+def format_spec(fmt: Format, matrix: tuple[int, int]) -> WeightSpec | str:
+    """What a matrix of a format is to a kernel in the layout at rest, or why none."""
+    rows, cols = matrix
+    group = fmt.grouping(matrix)
+    if isinstance(fmt, Cast):
+        return "it is a plain cast, which XLA multiplies by"
     if group.kind not in ("in", "channel", "tensor", "block"):
         return f"scales are grouped by {group.kind!r}, not along `in`"
-    if q.scale is None:
-        return "it is a plain cast, which XLA multiplies by"
     kind, offset = "table", 0.0
-    if isinstance(q, AffineTensor):
-        kind, offset = "int", q.format.offset if q.format.symmetric else 0.0
-    elif isinstance(q, MinifloatTensor):
-        kind = q.format.kind  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(fmt, Int):
+        kind, offset = "int", fmt.offset if fmt.symmetric else 0.0
+    elif isinstance(fmt, Minifloat):
+        kind = fmt.kind
     size = group.size if group.kind in ("in", "block") else rows
-    return WeightSpec(rows, cols, kind, q.format.code_bits, size, offset)
+    return WeightSpec(rows, cols, kind, fmt.code_bits, size, offset)
 
 
-def kernel_weight(q: LayoutTensor, spec: WeightSpec) -> Weight:
+def kernel_weight(q: Any, spec: WeightSpec) -> Weight:
     """The arrays of a tensor that `kernel_spec` accepts."""
-    table = q.table() if isinstance(q, CodebookTensor) else None
-    if table is not None and q.codes.ndim == 3:
-        table = jnp.broadcast_to(table, (q.codes.shape[0], table.shape[-1]))
-    zero = _wide(getattr(q, "zero", None), q, spec)
-    return Weight(q.codes, _wide(q.scale, q, spec), zero, table)
+    table = None
+    if isinstance(q.format, TableFormat):
+        table = q.codebook
+        if table is None:
+            lead = q.shape[:-2]
+            table = jnp.broadcast_to(jnp.asarray(q.format.table), (*lead, 2**spec.bits))
+    zero = getattr(q, "zero", None)
+    if not isinstance(q, LayoutTensor):
+        return Weight(q.codes, q.scale, zero, table)
+    return Weight(q.codes, _wide(q.scale, q, spec), _wide(zero, q, spec), table)
 
 
 def _wide(leaf, q, spec):
@@ -113,27 +125,23 @@ def run_kernel(
     q = q.base if isinstance(q, LayerOf) else q
     spec = kernel_spec(q)
     assert isinstance(spec, WeightSpec)  # `obstacle` was asked
-    call = functools.partial(_call, name, transpose)
+    divisor, offset = getattr(q, "global_scale", None), getattr(q, "offset", None)
+    plain = divisor is None and offset is None
+    # The product before NVFP4's divisor can be beyond float16.
+    call = functools.partial(_call, name, transpose, x.dtype if plain else jnp.float32)
     try:
         y = partitioned(call, x, kernel_weight(q, spec), spec, layer, transpose)
     except KernelError as error:
         raise SpecError(str(error)) from None
-    return _finish(x, y, q, layer)
-
-
-def _call(name, transpose, x, weight, spec, layer):
-    return module(name).matmul(x, weight, spec, layer=layer, transpose=transpose)
-
-
-def _finish(x, y, q, layer):
-    """The divisor of NVFP4 and the offset of a table."""
-    divisor, offset = getattr(q, "global_scale", None), getattr(q, "offset", None)
-    if divisor is None and offset is None:
-        return y
-    total = y.astype(jnp.float32)
     if divisor is not None:
-        total = total / (divisor if layer is None else divisor[layer])
+        y = y / (divisor if layer is None else divisor[layer])
     if offset is not None:
         offset = offset if layer is None else offset[layer]
-        total = total + jnp.sum(x.astype(jnp.float32), 1, keepdims=True) * offset
-    return total.astype(y.dtype)
+        y = y + jnp.sum(x.astype(jnp.float32), 1, keepdims=True) * offset
+    return y.astype(x.dtype)
+
+
+def _call(name, transpose, out_dtype, x, weight, spec, layer):
+    return module(name).matmul(
+        x, weight, spec, layer=layer, transpose=transpose, out_dtype=out_dtype
+    )

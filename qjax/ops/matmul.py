@@ -24,15 +24,17 @@ from jaxtyping import Array, Float
 from qjax.errors import SpecError, UnsupportedError
 from qjax.ops import device
 from qjax.ops.blocks import materialize_scale, same_variance
+from qjax.ops.prepack import Prepacked
 from qjax.ops.product import (
     BACKENDS,
+    Packed,
     array_product,
     choose,
     cut,
     dense_product,
     product,
 )
-from qjax.tensor import LayoutTensor, QuantizedTensor
+from qjax.tensor import QuantizedTensor
 from qjax.wrappers import (
     InputScaled,
     LayerOf,
@@ -103,7 +105,7 @@ def explain(x_shape: tuple[int, ...], w: Any, dtype: Any = jnp.float32) -> str:
     """
     _check(tuple(x_shape), jnp.dtype(jnp.float32), w, None)
     wrapped, transpose = [], False
-    while isinstance(w, QuantizedTensor) and not isinstance(w, LayoutTensor | LayerOf):
+    while isinstance(w, QuantizedTensor) and not isinstance(w, Packed):
         wrapped.append(type(w).__name__)
         transpose ^= isinstance(w, Transposed)
         w = w.base  # pyright: ignore[reportAttributeAccessIssue]
@@ -142,7 +144,7 @@ def _apply(x, w: Any, transpose, backend):
     """`x W` or `x W^T` for rows of `x`; unwraps wrappers."""
     if not isinstance(w, QuantizedTensor):
         return array_product(x, w, transpose)
-    if isinstance(w, LayoutTensor | LayerOf):
+    if isinstance(w, Packed):
         q = _float_scale(w)
         if x.shape[0] == 0 or not q.size:
             return jnp.zeros((x.shape[0], q.matrix[0 if transpose else 1]), x.dtype)
@@ -172,7 +174,7 @@ def _float_scale(w):
     """Decodes a nested scale, which no backend reads; that of a layer, out of it."""
     if isinstance(w, LayerOf):
         return cut(w) if isinstance(w.base.scale, QuantizedTensor) else w
-    return materialize_scale(w)
+    return w if isinstance(w, Prepacked) else materialize_scale(w)
 
 
 def _sides(w):

@@ -20,13 +20,15 @@ from qjax.errors import UnsupportedError
 from qjax.formats import Cast
 from qjax.ops import blocked, device, kernels, rows
 from qjax.ops.blocks import materialize_scale, same_variance
+from qjax.ops.prepack import Prepacked
 from qjax.tensor import LayoutTensor, MinifloatTensor
 from qjax.wrappers import LayerOf
 
 logger = logging.getLogger("qjax.ops")
 
 
-Packed = LayoutTensor | LayerOf
+Packed = LayoutTensor | LayerOf | Prepacked
+"""What backends multiply by; everything else is a wrapper."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +48,9 @@ class Backend:
 
 
 def cut(q: Packed) -> LayoutTensor:
-    """The weight with a float scale, on its own: a layer is copied out of its stack."""
-    q = q.cut() if isinstance(q, LayerOf) else q  # pyright: ignore[reportAssignmentType]
-    return materialize_scale(q)  # pyright: ignore[reportArgumentType]
+    """The weight at rest, with a float scale; a layer is copied out of its stack."""
+    one: Any = q.cut() if isinstance(q, LayerOf) else q
+    return materialize_scale(one.canonical() if isinstance(one, Prepacked) else one)
 
 
 def _rows_obstacle(m, q, dtype, transpose):
@@ -158,15 +160,10 @@ def _backward(transpose, backend, residuals, dy):
     x, q = residuals
     dx = product(dy, q, not transpose, None)
     a, b = (dy, x) if transpose else (x, dy)
-    if not isinstance(q, LayerOf):
+    if isinstance(q, LayoutTensor):
         return dx, blocked.leaf_gradients(a, b, q)
-    return dx, _stacked_gradients(a, b, q)
-
-
-def _stacked_gradients(a, b, q):
-    """Gradients of one layer, zeros in the others."""
-    one, pull = jax.vjp(cut, q)
-    return pull(blocked.leaf_gradients(a, b, one))[0]
+    one, pull = jax.vjp(cut, q)  # zeros in a stack's other layers
+    return dx, pull(blocked.leaf_gradients(a, b, one))[0]
 
 
 product.defvjp(_forward, _backward)

@@ -1,0 +1,195 @@
+"""Weights in the order in which a device's kernels read them.
+
+At rest every format has one layout. Some kernels want another: fragments of a tensor
+core in the order of its registers, or scales that are not quantized themselves.
+`prepack` rewrites packed weights once, and products then skip that work; `canonical`
+is the exact inverse, which saving a model applies. A weight whose kernel reads the
+layout at rest is left as it is, and one that no kernel of the device takes, too.
+"""
+
+import dataclasses
+import importlib
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from qjax.formats import Format, Int
+from qjax.formats.codebook import TableFormat
+from qjax.ops import device, kernels
+from qjax.ops.blocks import materialize_scale, replaced
+from qjax.pallas_kernels.weights import Weight, WeightSpec
+from qjax.tensor import (
+    AffineTensor,
+    CodebookTensor,
+    LayoutTensor,
+    MinifloatTensor,
+    QuantizedTensor,
+    pytree_node,
+)
+from qjax.wrappers import Wrapper
+
+_T = TypeVar("_T")
+_LAYOUTS = {"cuda": "qjax.pallas_kernels.matmul.gpu_layout"}
+"""Platforms whose kernels want a layout of their own, and the module that makes it."""
+
+
+@pytree_node
+@dataclasses.dataclass(frozen=True, repr=False)
+class Prepacked(QuantizedTensor):
+    """A weight in the layout of a kernel; its values are those of `canonical()`.
+
+    Attributes:
+      codes: kernel's array; may be wider than the matrix.
+      scale: kernel's array, never nested.
+      zero: kernel's array or None.
+      codebook: float32 `[*lead, 2**bits]` when learned, else None.
+      nested: the doubly quantized scale that `scale` was decoded from, or None.
+      offset: float32 `[*lead, 1, 1]` or None, as in `CodebookTensor`.
+      global_scale: float32 `[*lead, 1, 1]` or None, as in `MinifloatTensor`.
+      format: the format.
+      matrix: logical `(in, out)`.
+      dtype: logical dtype name.
+      layout: `WeightSpec.layout` of the kernel's arrays.
+    """
+
+    codes: Any
+    scale: Any
+    zero: Any
+    codebook: Any
+    nested: Any
+    offset: Any
+    global_scale: Any
+    format: Format = dataclasses.field(metadata={"static": True})
+    matrix: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    dtype: str = dataclasses.field(metadata={"static": True})
+    layout: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape `[*lead, in, out]`."""
+        return (*self.scale.shape[:-2], *self.matrix)
+
+    @property
+    def spec(self) -> WeightSpec:
+        """What the arrays are to a kernel."""
+        spec: Any = kernels.format_spec(self.format, self.matrix)
+        return dataclasses.replace(spec, layout=self.layout)
+
+    def canonical(self) -> LayoutTensor:
+        """The tensor this was made from, bit for bit."""
+        weight = Weight(self.codes, self.scale, self.zero)
+        if self.layout != "canonical":
+            weight = _layout_module(self.layout).unpack(weight, self.spec)
+        scale, zero = (_narrow(v, self) for v in (weight.scale, weight.zero))
+        scale = scale if self.nested is None else self.nested
+        fmt, matrix, dtype = self.format, self.matrix, self.dtype
+        if isinstance(fmt, Int):
+            return AffineTensor(weight.codes, scale, zero, fmt, matrix, dtype)
+        if isinstance(fmt, TableFormat):
+            table, offset = self.codebook, self.offset
+            return CodebookTensor(
+                weight.codes, scale, table, offset, fmt, matrix, dtype
+            )
+        kept: Any = fmt
+        return MinifloatTensor(
+            weight.codes, scale, self.global_scale, kept, matrix, dtype
+        )
+
+    def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
+        """See `QuantizedTensor.dequantize`."""
+        return self.canonical().dequantize(dtype)
+
+
+def prepack(model: _T, *, kind: str | None = None) -> _T:
+    """Rewrites packed weights into the layout that a device's kernels read.
+
+    Args:
+      model: an NNX module, a quantized tensor, or any pytree of parameters.
+      kind: the device, as in `qjax.ops.target`; by default the one in use.
+
+    Returns:
+      The same model with `Prepacked` weights where that makes products faster. It
+      computes the same products; `qjax.save` stores the original layout.
+
+    Example:
+      >>> model, tokenizer = qjax.load("out/")
+      >>> model = qjax.prepack(model)
+    """
+    with device.target(kind or device.device_kind()):
+        return _map(_prepacked, model)
+
+
+def canonical(tree: _T) -> _T:
+    """The inverse of `prepack`, bit for bit."""
+
+    def back(leaf):
+        return leaf.canonical() if isinstance(leaf, Prepacked) else leaf
+
+    return _map(back, tree)
+
+
+def _map(function: Any, tree: Any) -> Any:
+    """Applies a function to every packed weight, inside wrappers and NNX modules."""
+    if isinstance(tree, nnx.Module):
+        graph, state = nnx.split(tree)
+        return nnx.merge(graph, _map(function, state))
+
+    def apply(leaf):
+        if isinstance(leaf, Wrapper):
+            base = apply(leaf.base)
+            return replaced(leaf, base=base)
+        return function(leaf) if isinstance(leaf, QuantizedTensor) else leaf
+
+    return jax.tree.map(apply, tree, is_leaf=lambda x: isinstance(x, QuantizedTensor))
+
+
+def _prepacked(q):
+    """One weight prepacked, or as it is."""
+    if not isinstance(q, LayoutTensor):
+        return q
+    nested = q.scale if isinstance(q.scale, QuantizedTensor) else None
+    plain = materialize_scale(q)
+    spec = kernels.kernel_spec(plain)
+    if isinstance(spec, str):
+        return q
+    weight = kernels.kernel_weight(plain, spec)
+    layout = _LAYOUTS.get(device.platform())
+    if layout is not None:
+        made = importlib.import_module(layout).prepack(weight, spec)
+        weight, spec = made if made is not None else (weight, spec)
+    if spec.layout == "canonical" and nested is None:
+        return q
+    return Prepacked(
+        weight.codes,
+        weight.scale,
+        weight.zero,
+        getattr(q, "codebook", None),
+        nested,
+        getattr(q, "offset", None),
+        getattr(q, "global_scale", None),
+        q.format,
+        q.matrix,
+        q.dtype,
+        spec.layout,
+    )
+
+
+def _layout_module(tag):
+    """The module that made a layout."""
+    for name in _LAYOUTS.values():
+        module = importlib.import_module(name)
+        if tag in module.TAGS:
+            return module
+    raise KeyError(tag)
+
+
+def _narrow(leaf, q):
+    """Scales as the format stores them: the inverse of one column per output."""
+    if leaf is None:
+        return None
+    group = q.format.grouping(q.matrix)
+    if group.kind == "tensor":
+        return leaf[..., :1]
+    return leaf[..., :: group.size] if group.kind == "block" else leaf

@@ -1,0 +1,85 @@
+"""Prepacked weights: the same products, and the way back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import qjax
+from qjax.ops import canonical, explain, matmul, prepack
+from qjax.ops.prepack import Prepacked
+from qjax.wrappers import Transposed, layer_of
+
+from .conftest import FORMATS, random, weight, wrap
+
+NESTED = ("int4-nested", "nf4-double")
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "TPU v5 lite"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_way_back_is_exact(name, kind):
+    q = weight(name)
+    packed = prepack(q, kind=kind)
+    assert isinstance(packed, Prepacked) == (name in NESTED)
+    same(canonical(packed), q)
+    assert packed.shape == q.shape and packed.format == q.format
+    np.testing.assert_array_equal(packed.dequantize(), q.dequantize())
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_products_and_gradients_are_the_same(name):
+    q = weight(name)
+    packed = prepack(q)
+    for wrapped, plain in (
+        (packed, q),
+        (Transposed(packed), Transposed(q)),
+        *zip(wrap(packed).values(), wrap(q).values(), strict=True),
+    ):
+        x = random((3, plain.shape[0]), 2)
+        close = dict(rtol=2e-5, atol=2e-5)
+        y, expected = matmul(x, wrapped), x @ plain.dequantize()
+        np.testing.assert_allclose(y, expected, **close)
+        dx = jax.grad(lambda x, w=wrapped: jnp.sum(matmul(x, w) ** 2))(x)
+        expected = jax.grad(lambda x, w=plain: jnp.sum(matmul(x, w) ** 2))(x)
+        np.testing.assert_allclose(dx, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_layers_of_a_prepacked_stack():
+    stack = jax.tree.map(lambda *v: jnp.stack(v), *[weight("nf4-double")] * 3)
+    packed = prepack(stack)
+    assert packed.shape == stack.shape
+    x = random((2, 96), 2)
+    for i in range(3):
+        y = jax.jit(lambda i: matmul(x, layer_of(packed, i)))(jnp.int32(i))
+        np.testing.assert_allclose(y, x @ stack[i].dequantize(), rtol=2e-5, atol=2e-5)
+
+
+def test_explain_asks_for_it():
+    q = weight("nf4-double")
+    assert "nf4" in explain((1, 96), q) and "nf4" in explain((1, 96), prepack(q))
+
+
+def test_a_model_is_prepacked_and_saved_as_it_was(model_path, tmp_path):
+    model, tokenizer = qjax.load(model_path)
+    model = qjax.quantize_model(model, qjax.NF4(double=True))
+    packed = qjax.prepack(model)
+    leaves = jax.tree.leaves(nnx.state(packed), is_leaf=is_prepacked)
+    assert any(map(is_prepacked, leaves))
+    tokens = jnp.asarray([tokenizer.encode("Once upon a time")], jnp.int32)
+    np.testing.assert_allclose(packed(tokens)[0], model(tokens)[0], atol=1e-3)
+    same(packed.params(), model.params())
+    qjax.save(packed, tmp_path / "out")
+    again, _ = qjax.load(tmp_path / "out")
+    same(again.params(), model.params())
+
+
+def is_prepacked(leaf):
+    return isinstance(leaf, Prepacked)
