@@ -12,6 +12,7 @@ from qjax.errors import SpecError
 from qjax.evaluate import evaluate, report_evaluation, require_matplotlib
 from qjax.inspection import inspect
 from qjax.io.files import read_small
+from qjax.ops import prepack
 
 _MAX_TEXT = 1 << 30
 
@@ -58,9 +59,10 @@ class Evaluate:
         except UnicodeDecodeError as error:
             raise SpecError(f"{self.text}: is not UTF-8 text: {error}") from None
         model, tokenizer = load(self.model, revision=self.revision, dtype=self.dtype)
+        model = prepack(model)
         baseline = None
         if self.baseline is not None:
-            baseline, _ = load(self.baseline, dtype=self.dtype)
+            baseline = prepack(load(self.baseline, dtype=self.dtype)[0])
         with self.output.progress("evaluating") as update:
             result = evaluate(
                 model,

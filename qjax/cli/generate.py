@@ -2,13 +2,14 @@
 
 import dataclasses
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from qjax.checkpoint import load
 from qjax.cli.output import Output
 from qjax.generate import generate_detailed
+from qjax.ops import prepack
 from qjax.quantize import peak_memory_bytes
 
 
@@ -40,6 +41,10 @@ class Generate:
     """Send the prompt as a user message through the model's chat template."""
     dtype: str | None = None
     """Compute dtype; float32 on CPU and bfloat16 elsewhere by default."""
+    cache_dtype: str | None = None
+    """Keep keys and values as int8, fp8 or int4; the compute dtype by default."""
+    cache_rotate: Literal["none", "keys", "both"] = "none"
+    """Rotate keys, or keys and values, before a quantized cache rounds them."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     output: tyro.conf.OmitArgPrefixes[Output] = dataclasses.field(
@@ -49,6 +54,7 @@ class Generate:
     def run(self) -> None:
         """Loads, generates while printing, then prints speeds."""
         model, tokenizer = load(self.model, revision=self.revision, dtype=self.dtype)
+        model = prepack(model)
         prompt: str | list[int] = self.prompt
         if self.chat:
             message = {"role": "user", "content": self.prompt}
@@ -75,6 +81,8 @@ class Generate:
             repetition_penalty=self.repetition_penalty,
             seed=self.seed,
             stop=self.stop,
+            cache_dtype=self.cache_dtype,
+            cache_rotate=self.cache_rotate,
             callback=show if shown and sys.stdout.isatty() else None,
         )
         if shown and not sys.stdout.isatty():
