@@ -1,0 +1,649 @@
+"""Pieces of Hopper kernels (Mosaic GPU): weights decoded in registers, a TMA ring.
+
+A *block* is 64 columns by 64 rows of a weight: one warpgroup's left operand of four
+`wgmma.m64nNk16` steps. Each of the 128 threads owns 32 codes of a block, as 16 pairs;
+pair `e = 4 s + 2 h + r` of thread `32 w + 4 g + q` holds, in its low and high half,
+
+    column 16 w + 8 r + g,   rows 16 s + 8 h + 2 q  and  16 s + 8 h + 2 q + 1,
+
+which is register `2 h + r` of step `s` of the tensor core. `Codec` says where the bits
+of a pair lie in the thread's words: `pack` and `unpack` move codes there and back
+(plain jnp), `fragment` decodes one block inside a kernel with a few logic operations
+and one or two packed floating point operations per pair, and gives the array that
+`plgpu.wgmma` takes from registers.
+
+Numbers are decoded exactly: a code is set under the mantissa of a power of two which
+is then subtracted (integers), or becomes exponent and mantissa of a subnormal which a
+product with a power of two normalizes (minifloats). Scales multiply in the operand's
+dtype. NaN and infinity codes of 8-bit floats are not special: they decode as the next
+larger numbers would.
+
+Under the interpreter, which knows neither registers nor inline instructions, `fragment`
+decodes the same words with jnp.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm, memref, vector
+
+from . import versions
+
+BLOCK = 64
+THREADS = 128
+PAIRS = 16
+ROWS = plgpu.Layout.WGMMA.reduce(1)
+"""Layout of a vector with one entry per column of the weight (row of the tile)."""
+
+MANTISSA = {"bfloat16": 7, "float16": 10}
+_BIAS = {"bfloat16": 127, "float16": 15}
+_MINIFLOAT = {"e2m1": (2, 1, 1), "e4m3": (4, 3, 7), "e5m2": (5, 2, 15)}
+"""Exponent bits, mantissa bits, exponent bias."""
+
+
+class Part(NamedTuple):
+    """Where some bits of both codes of a pair lie.
+
+    Attributes:
+      word: which word of the thread.
+      source: lowest bit, in the low half of the word; the second code 16 bits higher.
+      width: how many bits.
+      code: their lowest bit in the code.
+    """
+
+    word: int
+    source: int
+    width: int
+    code: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """How codes of a kind lie in a thread's words.
+
+    Attributes:
+      kind: as in `WeightSpec.kind`; "table" codes must have 4 bits.
+      bits: bits of a code, which is also the number of words of a thread.
+    """
+
+    kind: str
+    bits: int
+
+    @property
+    def vector(self) -> int:
+        """Words that a thread loads at once."""
+        return 4 if self.bits % 4 == 0 else 2 if self.bits % 2 == 0 else 1
+
+    @property
+    def parts(self) -> tuple[tuple[Part, ...], ...]:
+        """The parts of each of the 16 pairs."""
+        return _parts(self.kind, self.bits)
+
+
+@functools.cache
+def _parts(kind, bits):
+    if kind == "e2m1":
+        # Magnitude three bits, sign nine bits above: one shift moves both where a
+        # bfloat16 has them. The fourth pair takes the bits that remain.
+        quad = (
+            ((6, 3, 0), (15, 1, 3)),
+            ((3, 3, 0), (12, 1, 3)),
+            ((0, 3, 0), (9, 1, 3)),
+            ((10, 2, 0), (13, 1, 2), (14, 1, 3)),
+        )
+        return tuple(
+            tuple(Part(e // 4, *part) for part in quad[e % 4]) for e in range(PAIRS)
+        )
+    fields = 16 // bits
+    whole = [
+        (Part(w, bits * i, bits, 0),) for w in range(bits) for i in range(fields)
+    ]
+    # Bits left over at the top of each half make up the last pairs.
+    spare = [(w, b) for w in range(bits) for b in range(fields * bits, 16)]
+    rest = []
+    for first in range(0, len(spare), bits):
+        run: list[Part] = []
+        for code, (word, bit) in enumerate(spare[first : first + bits]):
+            last = run[-1] if run else None
+            if last and last.word == word and last.source + last.width == bit:
+                run[-1] = last._replace(width=last.width + 1)
+            else:
+                run.append(Part(word, bit, 1, code))
+        rest.append(tuple(run))
+    return tuple(whole + rest)
+
+
+# --- Packing (jnp, outside kernels) --------------------------------------------------
+
+
+def _to_threads(codes):
+    """`[..., k, n]` to `[..., n / 64, k / 64, 128, 16, 2]`."""
+    *lead, k, n = codes.shape
+    d = len(lead)
+    # axes: k: K s h q l; n: N w r g
+    x = codes.reshape(*lead, k // 64, 4, 2, 4, 2, n // 64, 4, 2, 8)
+    order = [5, 0, 6, 8, 3, 1, 2, 7, 4]
+    x = x.transpose(*range(d), *(d + i for i in order))
+    return x.reshape(*lead, n // 64, k // 64, THREADS, PAIRS, 2)
+
+
+def _from_threads(x):
+    """Inverse of `_to_threads`."""
+    *lead, n, k, _, _, _ = x.shape
+    d = len(lead)
+    x = x.reshape(*lead, n, k, 4, 8, 4, 4, 2, 2, 2)
+    order = [1, 5, 6, 4, 8, 0, 2, 7, 3]
+    x = x.transpose(*range(d), *(d + i for i in order))
+    return x.reshape(*lead, k * 64, n * 64)
+
+
+def pack(codes: jax.Array, codec: Codec) -> jax.Array:
+    """Codes in the order in which a warpgroup's threads need them.
+
+    Args:
+      codes: uint8 `[..., k, n]`, multiples of 64.
+      codec: where bits go.
+
+    Returns:
+      int32 `[..., n / 64, k / 64 * bits, 128]`: the words of a block lie together, and
+      a thread's next `codec.vector` words side by side.
+    """
+    x = _to_threads(codes).astype(jnp.uint32)
+    words = [jnp.zeros(x.shape[:-2], jnp.uint32)] * codec.bits
+    if codec.kind == "table":
+        for e in range(PAIRS):
+            both = x[..., e, 0] | (x[..., e, 1] << 4)
+            words[e // 4] = words[e // 4] | (both << (8 * (e % 4)))
+    else:
+        for e, parts in enumerate(codec.parts):
+            for word, source, width, code in parts:
+                field = (x[..., e, :] >> code) & jnp.uint32(2**width - 1)
+                both = field[..., 0] | (field[..., 1] << 16)
+                words[word] = words[word] | (both << source)
+    w = jnp.stack(words, -1)  # [..., N, K, 128, bits]
+    *lead, cols, rows, _, bits = w.shape
+    v = codec.vector
+    w = jnp.swapaxes(w.reshape(*lead, cols, rows, THREADS, bits // v, v), -2, -3)
+    w = w.reshape(*lead, cols, rows * bits, THREADS)
+    return lax.bitcast_convert_type(w, jnp.int32)
+
+
+def _thread_words(words, codec: Codec):
+    """`[..., bits, 128]` as stored to uint32 `[..., 128, bits]` by thread."""
+    *lead, bits, _ = words.shape
+    v = codec.vector
+    w = lax.bitcast_convert_type(words, jnp.uint32)
+    w = w.reshape(*lead, bits // v, THREADS, v)
+    return jnp.swapaxes(w, -2, -3).reshape(*lead, THREADS, bits)
+
+
+def _thread_codes(words, codec: Codec):
+    """uint32 codes `[..., 128, 16, 2]` of a thread's words `[..., 128, bits]`."""
+    pairs = []
+    for e in range(PAIRS):
+        if codec.kind == "table":
+            both = words[..., e // 4] >> jnp.uint32(8 * (e % 4))
+            low, high = both & jnp.uint32(15), (both >> 4) & jnp.uint32(15)
+        else:
+            low = high = jnp.zeros(words.shape[:-1], jnp.uint32)
+            for word, source, width, code in codec.parts[e]:
+                mask = jnp.uint32(2**width - 1)
+                w = words[..., word]
+                low |= ((w >> jnp.uint32(source)) & mask) << jnp.uint32(code)
+                high |= ((w >> jnp.uint32(source + 16)) & mask) << jnp.uint32(code)
+        pairs.append(jnp.stack([low, high], -1))
+    return jnp.stack(pairs, -2)
+
+
+def unpack(words: jax.Array, codec: Codec) -> jax.Array:
+    """Inverse of `pack`: uint8 `[..., k, n]`."""
+    *lead, cols, rows, _ = words.shape
+    w = words.reshape(*lead, cols, rows // codec.bits, codec.bits, THREADS)
+    codes = _thread_codes(_thread_words(w, codec), codec)
+    return _from_threads(codes).astype(jnp.uint8)
+
+
+# --- Decoding in registers -----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """What `fragment` makes of a block.
+
+    Attributes:
+      codec: where the bits lie.
+      dtype: "bfloat16" or "float16".
+      offset: integer subtracted from integer codes (8-bit codes are signed).
+      scales: scaled pieces of the 64 rows: 0 (none), 1, 2, 4 or 8.
+      shifted: a term is added after the scale.
+      centered: an integer of each column and piece is subtracted before.
+    """
+
+    codec: Codec
+    dtype: str = "bfloat16"
+    offset: int = 0
+    scales: int = 0
+    shifted: bool = False
+    centered: bool = False
+
+
+def load_words(ref, codec: Codec):
+    """The words of a block, `ref [bits, 128]` int32 in shared memory, in registers."""
+    layout = plgpu.Layout.WG_STRIDED((codec.bits, THREADS), vec_size=codec.vector)
+    return plgpu.load(ref, (), layout=layout)
+
+
+def fragment(words, decode: Decode, rows=(), table=None, *, interpret=False):
+    """Decodes one block to the left operand of `wgmma`.
+
+        w[j, i] = (value(code) - center[j, p]) scale[j, p] + shift[j, p]
+
+    with `p` the piece of the 64 rows in which `i` lies.
+
+    Args:
+      words: int32 `[bits, 128]` from `load_words`.
+      decode: what to do.
+      rows: vectors `[64]` of `decode.dtype` in layout `ROWS`: scales, then shifts, then
+        centers, each one per piece, as far as `decode` names them.
+      table: for "table" codes, a reference int32 `[256, 32]` in shared memory from
+        `fill_table`.
+      interpret: decode with jnp.
+
+    Returns:
+      `[64, 64]` of `decode.dtype`, columns of the weight by rows.
+    """
+    if interpret:
+        return _fragment_jnp(words, decode, rows, table)
+    layout = plgpu.Layout.WG_STRIDED(
+        (decode.codec.bits, THREADS), vec_size=decode.codec.vector
+    )
+    types: list[Any] = [layout, *([ROWS] * len(rows))]
+    arguments = [words, *rows]
+    if table is not None:
+        types.append(plgpu.RefType())
+        arguments.append(table)
+    shape = plgpu.ShapeDtypeStruct(
+        (BLOCK, BLOCK), jnp.dtype(decode.dtype), layout=plgpu.Layout.WGMMA
+    )
+
+    @plgpu.inline_mgpu(arg_types=tuple(types), return_type=shape)
+    def emit(_, words, *rest):
+        rows = rest[:-1] if table is not None else rest
+        return _emit(words, decode, rows, rest[-1] if table is not None else None)
+
+    return emit(*arguments)
+
+
+def split_rows(decode: Decode, rows):
+    """Scales, shifts and centers of `fragment`'s `rows`."""
+    n = max(decode.scales, 1)
+    scale, rows = rows[: decode.scales], rows[decode.scales :]
+    shift, rows = (rows[:n], rows[n:]) if decode.shifted else ((), rows)
+    return scale, shift, rows[:n] if decode.centered else ()
+
+
+def _fragment_jnp(words, decode, rows, table):
+    codec, dtype = decode.codec, jnp.dtype(decode.dtype)
+    codes = _thread_codes(_thread_words(words, codec), codec)
+    tile = _from_threads(codes[None, None]).T  # [64 columns, 64 rows]
+    if codec.kind == "table":
+        both = lax.bitcast_convert_type(table[:, 0], jnp.uint32)
+        half = jnp.take(both, tile.astype(jnp.int32), axis=0) & jnp.uint32(0xFFFF)
+        value = lax.bitcast_convert_type(half.astype(jnp.uint16), dtype)
+        value = value.astype(jnp.float32)
+    elif codec.kind == "int":
+        value = tile.astype(jnp.int32)
+        if codec.bits == 8:
+            value = jnp.where(value >= 128, value - 256, value)
+        value = value.astype(jnp.float32) - jnp.float32(decode.offset)
+    else:
+        exponent, mantissa, bias = _MINIFLOAT[codec.kind]
+        tile = tile.astype(jnp.int32)
+        e = (tile >> mantissa) & (2**exponent - 1)
+        m = (tile & (2**mantissa - 1)) | jnp.where(e > 0, 2**mantissa, 0)
+        power = jnp.maximum(e, 1) - bias - mantissa
+        value = jnp.ldexp(m.astype(jnp.float32), power)
+        value = jnp.where(tile >> (exponent + mantissa) > 0, -value, value)
+    scale, shift, center = split_rows(decode, rows)
+
+    def spread(vectors):
+        stacked = jnp.stack([v.astype(jnp.float32) for v in vectors], -1)
+        return jnp.repeat(stacked, BLOCK // len(vectors), axis=1)
+
+    if center:
+        value = value - spread(center)
+    if scale:
+        value = value * spread(scale)
+    if shift:
+        value = value + spread(shift)
+    return value.astype(dtype)
+
+
+def _constant(value):
+    i32 = ir.IntegerType.get_signless(32)
+    value &= 0xFFFFFFFF
+    value -= (value >> 31) << 32
+    return arith.constant(i32, ir.IntegerAttr.get(i32, value))
+
+
+def _twice(value, dtype):
+    """A float as both halves of a word."""
+    bits = int(np.asarray(value, jnp.dtype(dtype)).view(np.uint16))
+    return _constant(bits | bits << 16)
+
+
+class _Machine:
+    """Packed instructions on 32-bit words; repeated ones are emitted once."""
+
+    def __init__(self, dtype):
+        self.type = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype]
+        self.dtype = dtype
+        self.i32 = ir.IntegerType.get_signless(32)
+        self._shifted: dict[tuple[int, int], Any] = {}
+
+    def op(self, name, *args):
+        text = f"{name}.rn.{self.type} $0, {', '.join(f'${i + 1}' for i in range(len(args)))};"
+        constraints = ",".join(["=r"] + ["r"] * len(args))
+        return llvm.inline_asm(
+            self.i32, list(args), text, constraints, has_side_effects=False
+        )
+
+    def shifted(self, words, word, by):
+        """A word moved `by` bits to the right (left if negative)."""
+        if by == 0:
+            return words[word]
+        key = (word, by)
+        if key not in self._shifted:
+            shift = arith.shrui if by > 0 else arith.shli
+            self._shifted[key] = shift(words[word], _constant(abs(by)))
+        return self._shifted[key]
+
+    def gather(self, words, moves, start=None):
+        """ORs the fields `(word, source, width, target)` of both halves."""
+        masks: dict[tuple[int, int], int] = {}
+        for word, source, width, target in moves:
+            key = (word, source - target)
+            masks[key] = masks.get(key, 0) | ((2**width - 1) << target)
+        total = None if start is None else _constant(start | start << 16)
+        for (word, by), mask in masks.items():
+            field = self.shifted(words, word, by)
+            field = arith.andi(field, _constant(mask | mask << 16))
+            total = field if total is None else arith.ori(field, total)
+        return total
+
+
+def _splat(register):
+    """A 16-bit row value (vector<1>) in both halves of a word."""
+    i16 = ir.IntegerType.get_signless(16)
+    i32 = ir.IntegerType.get_signless(32)
+    half = vector.bitcast(ir.VectorType.get((1,), i16), register)
+    half = vector.extract(half, [], [0])
+    wide = arith.extui(i32, half)
+    return arith.muli(wide, _constant(0x00010001))
+
+
+def _emit(words, decode: Decode, rows, table):
+    """The registers of a decoded block."""
+    codec, i32 = decode.codec, ir.IntegerType.get_signless(32)
+    flat = [
+        vector.extract(register, [], [i])
+        for register in words.registers.flat
+        for i in range(codec.vector)
+    ]
+    machine = _Machine(decode.dtype)
+    groups = split_rows(decode, rows)
+    # Row vectors have two registers: rows g and g + 8 of the warp.
+    scale, shift, center = (
+        [[_splat(v.registers.flat[r]) for r in range(2)] for v in vectors]
+        for vectors in groups
+    )
+    base = _table_base(table) if table is not None else None
+    layout = mgpu.WGMMA_LAYOUT
+    registers = np.empty(layout.registers_shape((BLOCK, BLOCK)), dtype=object)
+    element = mgpu.utils.dtype_to_ir_type(jnp.dtype(decode.dtype))
+    pair_type = ir.VectorType.get((2,), element)
+    for e in range(PAIRS):
+        s, h, r = e // 4, e // 2 % 2, e % 2
+        piece = (2 * s + h) * max(decode.scales, 1) // 8
+        middle = center[piece][r] if center else None
+        value = _value(machine, flat, decode, e, base, middle)
+        if scale and shift:
+            value = machine.op("fma", value, scale[piece][r], shift[piece][r])
+        elif scale:
+            value = machine.op("mul", value, scale[piece][r])
+        elif shift:
+            value = machine.op("add", value, shift[piece][r])
+        value = vector.broadcast(ir.VectorType.get((1,), i32), value)
+        index = (0, 2 * s + h, 0, 0, r, 0, 0, 0, 0)
+        registers[index] = vector.bitcast(pair_type, value)
+    return mgpu.FragmentedArray(
+        _registers=registers, _layout=layout, _is_signed=None
+    )
+
+
+def _value(machine, words, decode, e, base, middle):
+    """Both values of pair `e`, less offset and `middle`."""
+    codec, dtype = decode.codec, decode.dtype
+    mantissa, bias = MANTISSA[dtype], _BIAS[dtype]
+    if codec.kind == "int":
+        value, rest = _integer(machine, words, decode, e, middle)
+        return value if rest is None else machine.op("sub", value, rest)
+    if codec.kind == "table":
+        value = _look_up(words[e // 4], e % 4, base)
+    else:
+        exponent, small, small_bias = _MINIFLOAT[codec.kind]
+        sign = exponent + small
+        moves = []
+        for word, source, width, code in codec.parts[e]:
+            below = min(width, sign - code)
+            if below > 0:
+                moves.append((word, source, below, code + mantissa - small))
+            if below < width:
+                moves.append((word, source + below, 1, 15))
+        value = machine.gather(words, moves)
+        power = bias - small_bias
+        if power:
+            value = machine.op("mul", value, _twice(2.0**power, dtype))
+    return value if middle is None else machine.op("sub", value, middle)
+
+
+def _integer(machine, words, decode, e, middle):
+    """An integer pair less its offset, and what is left to subtract."""
+    codec, dtype, offset = decode.codec, decode.dtype, decode.offset
+    mantissa, bias = MANTISSA[dtype], _BIAS[dtype]
+    one = 2.0**mantissa
+    magic = (mantissa + bias) << mantissa  # the bits of `one`
+    parts = codec.parts[e]
+    if codec.bits > mantissa:
+        # Signed 8-bit codes in bfloat16: the sign bit is the lowest exponent bit of
+        # what is subtracted, 128 or 256.
+        ((word, source, _, _),) = parts
+        low = machine.gather(words, [(word, source, 7, 0)], magic)
+        high = machine.gather(words, [(word, source + 7, 1, 7)], magic)
+        value = machine.op("sub", low, high)
+        if offset:
+            value = machine.op("sub", value, _twice(offset, dtype))
+        return value, middle
+    if codec.bits == 8:  # signed, in float16: 1024 + (code ^ 128) - 1152
+        ((word, source, _, _),) = parts
+        raw = machine.gather(words, [(word, source, 8, 0)])
+        raw = arith.xori(raw, _constant((magic | 128) * 0x00010001))
+        return machine.op("sub", raw, _twice(one + 128 + offset, dtype)), middle
+    place = 0
+    if len(parts) == 1:  # a shift serves all fields that fit under the mantissa
+        starts = [0]
+        for i in range(16 // codec.bits):
+            if codec.bits * (i + 1) - starts[-1] > mantissa:
+                starts.append(codec.bits * i)
+        place = parts[0].source - max(s for s in starts if s <= parts[0].source)
+    moves = [(w, source, width, code + place) for w, source, width, code in parts]
+    raw = machine.gather(words, moves, magic)
+    exact = abs(offset) < 2**codec.bits
+    if place == 0:
+        if middle is not None and not offset:
+            # one + middle is exact: middle is an integer below 2**bits.
+            return raw, machine.op("add", middle, _twice(one, dtype))
+        if exact:
+            return machine.op("sub", raw, _twice(one + offset, dtype)), middle
+    factor = _twice(2.0**-place, dtype)
+    start = -(one * 2.0**-place)
+    if exact and float(np.asarray(start - offset, jnp.dtype(dtype))) == start - offset:
+        return machine.op("fma", raw, factor, _twice(start - offset, dtype)), middle
+    value = machine.op("fma", raw, factor, _twice(start, dtype))
+    if offset:
+        value = machine.op("sub", value, _twice(offset, dtype))
+    return value, middle
+
+
+# --- Tables --------------------------------------------------------------------------
+
+
+def _thread():
+    """Index of this thread in its warpgroup."""
+    i32 = ir.IntegerType.get_signless(32)
+    thread = arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x))
+    return arith.andi(thread, _constant(THREADS - 1))
+
+
+def _shared_address(ref):
+    """The 32-bit shared address of a reference."""
+    i32 = ir.IntegerType.get_signless(32)
+    return llvm.ptrtoint(i32, mgpu.utils.memref_ptr(ref))
+
+
+def _table_base(table):
+    """Address of this lane's column of the table."""
+    lane = arith.andi(_thread(), _constant(31))
+    return arith.addi(_shared_address(table), arith.shli(lane, _constant(2)))
+
+
+def _look_up(word, byte, base):
+    """Both values that a byte (two codes) stands for: one conflict-free load."""
+    i32 = ir.IntegerType.get_signless(32)
+    by = 8 * byte - 7
+    shift = arith.shrui if by > 0 else arith.shli
+    row = arith.andi(shift(word, _constant(abs(by))), _constant(0xFF << 7))
+    return llvm.inline_asm(
+        i32,
+        [arith.addi(row, base)],
+        "ld.shared.b32 $0, [$1];",
+        "=r,r",
+        has_side_effects=False,
+    )
+
+
+def table_pairs(table: jax.Array, dtype) -> jax.Array:
+    """The 256 pairs of a table's entries.
+
+    Args:
+      table: float `[..., 2**bits]`, at most 16 entries.
+      dtype: "bfloat16" or "float16".
+
+    Returns:
+      int32 `[..., 256]`: entry `i` has the value of code `i % 16` in its low half and
+      that of `i // 16` in its high half.
+    """
+    pad = [(0, 0)] * (table.ndim - 1) + [(0, 16 - table.shape[-1])]
+    half = jnp.pad(table.astype(jnp.dtype(dtype)), pad)
+    half = lax.bitcast_convert_type(half, jnp.uint16).astype(jnp.uint32)
+    index = np.arange(256)
+    both = half[..., index % 16] | (half[..., index // 16] << 16)
+    return lax.bitcast_convert_type(both, jnp.int32)
+
+
+def fill_table(pairs, table, *, interpret=False):
+    """Copies each of 256 words 32 times, so that every lane reads its own bank.
+
+    Args:
+      pairs: reference int32 `[256]` in shared or global memory.
+      table: reference int32 `[256, 32]` in shared memory, written by one warpgroup.
+      interpret: write with jnp.
+    """
+    if interpret:
+        table[...] = lax.broadcast_in_dim(pairs[...], (256, 32), (0,))
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def emit(_, pairs, table):
+        thread, void = _thread(), ir.Type.parse("!llvm.void")
+        base = _shared_address(table)
+        for row in (thread, arith.addi(thread, _constant(THREADS))):
+            index = arith.index_cast(ir.IndexType.get(), row)
+            value = memref.load(pairs, [index])
+            start = arith.addi(base, arith.shli(row, _constant(7)))
+            for chunk in range(8):  # rotated by lane: no two lanes share a bank
+                place = arith.addi(thread, _constant(chunk))
+                place = arith.shli(arith.andi(place, _constant(7)), _constant(4))
+                llvm.inline_asm(
+                    void,
+                    [arith.addi(start, place), value],
+                    "st.shared.v4.b32 [$0], {$1, $1, $1, $1};",
+                    "r,r",
+                    has_side_effects=True,
+                )
+
+    emit(pairs, table)
+
+
+# --- Calling -------------------------------------------------------------------------
+
+
+def kernel(body, *, out_type, scratch, grid, threads, name, cost, interpret=False):
+    """A Mosaic GPU kernel on a one-dimensional grid ("cta") of warpgroups ("wg").
+
+    Args:
+      body: `body(*inputs, *outputs, **scratch)`.
+      out_type: shapes of the outputs.
+      scratch: allocations by name, shared by the warpgroups of a block.
+      grid: number of blocks.
+      threads: warpgroups per block.
+      name: name of the kernel.
+      cost: a `pl.CostEstimate`.
+      interpret: False, or parameters of the GPU interpreter.
+
+    Returns:
+      A function of the inputs.
+    """
+    mesh = plgpu.Mesh(
+        grid=(grid,), grid_names=("cta",), num_threads=threads, thread_name="wg"
+    )
+
+    def scoped(*refs):
+        pl.run_scoped(functools.partial(body, *refs), collective_axes="wg", **scratch)
+
+    params = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
+    return pl.kernel(
+        scoped,
+        out_type=out_type,
+        mesh=mesh,
+        compiler_params=params,
+        interpret=interpret,
+        cost_estimate=cost,
+        name=name,
+    )
+
+
+def transpose(ref):
+    """The transpose of a matrix reference."""
+    return versions.transpose_ref(ref)
+
+
+def tile(shape, dtype, stages=None):
+    """Shared memory for operands of `wgmma`: 128-byte swizzled, 64 16-bit columns."""
+    lead = () if stages is None else (stages,)
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM((*lead, *shape), dtype, transforms=transforms)
+
+
+def registers(warpgroups: int, memory: int = 40) -> int:
+    """Registers per thread of each compute warpgroup beside one that copies."""
+    return min(232, (512 - memory) // warpgroups // 8 * 8)

@@ -1,0 +1,16 @@
+"""Differences between supported versions of jax, one small function each."""
+
+from typing import Any
+
+import jax
+
+JAX = tuple(int(part) for part in jax.__version__.split(".")[:2])
+
+
+def transpose_ref(ref: Any) -> Any:
+    """Transposed view of a GPU kernel's matrix (a method of references since 0.12)."""
+    if JAX >= (0, 12):
+        return ref.transpose((1, 0))
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.transpose_ref(ref, (1, 0))
