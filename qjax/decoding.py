@@ -87,7 +87,11 @@ def cache_bucket(tokens: int, max_context: int) -> int:
 
 
 def programs(
-    model: Decoder, batch: int, length: int
+    model: Decoder,
+    batch: int,
+    length: int,
+    cache_dtype: Any = None,
+    cache_rotate: str = "none",
 ) -> tuple[Callable[..., Any], Callable[..., Any], Any]:
     """Return compiled prefill and decode, and the arrays they take first.
 
@@ -99,6 +103,8 @@ def programs(
         model: The model.
         batch: Rows.
         length: Slots of the cache; see `cache_bucket`.
+        cache_dtype: Dtype of the cache; see `Decoder.init_cache`.
+        cache_rotate: The same.
     """
     graph, params = nnx.split(model)
     leaves, tree = jax.tree.flatten(params)
@@ -106,12 +112,18 @@ def programs(
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
         for x in leaves
     )
-    return (*_compile(graph, tree, shapes, batch, length), params)
+    cache = (cache_dtype, cache_rotate)
+    return (*_compile(graph, tree, shapes, batch, length, cache), params)
 
 
 @functools.lru_cache(maxsize=32)
 def _compile(
-    graph: Any, tree: Any, shapes: tuple[Any, ...], batch: int, length: int
+    graph: Any,
+    tree: Any,
+    shapes: tuple[Any, ...],
+    batch: int,
+    length: int,
+    cache: tuple[Any, str],
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Compile prefill and decode for one structure and shape."""
     params = jax.tree.unflatten(tree, shapes)
@@ -122,7 +134,7 @@ def _compile(
         stop_ids=np.zeros(STOP_IDS, np.int32),
         settings=make_sampling(batch),
     )
-    lowered = jax.jit(functools.partial(_prefill, graph)).lower(params, inputs)
+    lowered = jax.jit(functools.partial(_prefill, graph, cache)).lower(params, inputs)
     prefill = lowered.compile()
     # Decode takes the state as prefill leaves it on the devices, and leaves it so.
     placed, _ = prefill.output_shardings
@@ -146,7 +158,9 @@ def _prefill_chunk(length: int) -> int:
     return min(length & -length, 1 << (aim.bit_length() - 1))
 
 
-def _prefill(graph: Any, params: Any, batch: Batch) -> tuple[State, Any]:
+def _prefill(
+    graph: Any, kind: tuple[Any, str], params: Any, batch: Batch
+) -> tuple[State, Any]:
     """Read the prompts and draw the first token of every row."""
     model: Decoder = nnx.merge(graph, params)
     rows, length = batch.tokens.shape
@@ -167,7 +181,7 @@ def _prefill(graph: Any, params: Any, batch: Batch) -> tuple[State, Any]:
         return cache, jnp.where(here[:, None], found, last)
 
     longest = lengths.max()
-    cache = model.init_cache(rows, length)
+    cache = model.init_cache(rows, length, kind[0], rotate=kind[1])
     last = jnp.zeros((rows, model.config.dim), model.dtype)
     cache, last = jax.lax.fori_loop(
         jnp.int32(0), (longest + chunk - 1) // chunk, read, (cache, last)

@@ -63,7 +63,7 @@ def generate(
         prompt: A text or several.
         max_tokens: Most tokens to generate per prompt.
         **options: As for `generate_detailed`: `temperature, top_k, top_p, min_p,
-            repetition_penalty, seed, stop, callback`.
+            repetition_penalty, seed, stop, callback, cache_dtype, cache_rotate`.
 
     Returns:
         A string for a string, a list for a list.
@@ -94,6 +94,8 @@ def generate_detailed(
     seed: int | Sequence[int] = 0,
     stop: str | Sequence[str] = (),
     callback: Callable[[str, int], None] | None = None,
+    cache_dtype: Any = None,
+    cache_rotate: str = "none",
 ) -> list[Generation]:
     """Return continuations with their tokens, reasons to end, and speeds.
 
@@ -113,10 +115,16 @@ def generate_detailed(
         stop: Strings that end a text; they are cut off, wherever tokens break them.
         callback: Called with each new piece of text and the index of its prompt; the
             pieces of a prompt, joined, are its text.
+        cache_dtype: Dtype of keys and values kept: a float dtype (the compute dtype by
+            default), or `"int8"`, `"fp8"` or `"int4"` to keep codes with a scale per
+            token and head.
+        cache_rotate: Mix `"keys"` or `"both"` keys and values with a Hadamard matrix
+            before they are quantized; `"none"` leaves them as they are.
 
     Raises:
         SpecError: A prompt has no tokens, prompt and `max_tokens` exceed the model's
-            context, a setting is out of range, or the tokenizer is another model's.
+            context, a setting is out of range, the cache's dtype is unknown, or the
+            tokenizer is another model's.
     """
     tokenizer.check_vocab(model.config.vocab_size)
     ids = [_encode(tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
@@ -140,7 +148,9 @@ def generate_detailed(
     ]
     steps = 1 if callback else (8 if stops else STEPS)
     batch = _make_batch(tokenizer, ids, max_tokens, settings, seed, model.config)
-    speeds = _run(model, batch, rows, max_tokens, steps)
+    size, length = batch.tokens.shape
+    compiled = programs(model, size, length, cache_dtype, cache_rotate)
+    speeds = _run(compiled, batch, rows, max_tokens, steps)
     return [
         Generation(row.text, row.tokens, len(prompt), row.reason or "length", *speeds)
         for row, prompt in zip(rows, ids, strict=True)
@@ -290,10 +300,14 @@ def _make_batch(
 
 
 def _run(
-    model: Decoder, batch: Batch, rows: list[_Row], max_tokens: int, steps: int
+    compiled: tuple[Any, ...],
+    batch: Batch,
+    rows: list[_Row],
+    max_tokens: int,
+    steps: int,
 ) -> tuple[float, float]:
     """Fill `rows`; return tokens per second of prefill and of decode."""
-    prefill, decode, params = programs(model, *batch.tokens.shape)
+    prefill, decode, params = compiled
     start = time.perf_counter()
     state, first = prefill(params, batch)
     fresh = np.asarray(first)[:, None]
