@@ -337,6 +337,7 @@ def assemble(
     offset: Any = None,
     global_scale: Any = None,
     dtype: str = "float32",
+    packed: bool = False,
 ) -> LayoutTensor:
     """Packs unpacked codes and builds the tensor class of a format.
 
@@ -349,13 +350,14 @@ def assemble(
       offset: offset leaf of a nested scale.
       global_scale: NVFP4's divisor.
       dtype: logical dtype name.
+      packed: `codes` are the leaf already.
 
     Returns:
       An `AffineTensor`, `CodebookTensor` or `MinifloatTensor`.
     """
-    if fmt.grouping(matrix).kind == "flat":
+    if fmt.grouping(matrix).kind == "flat" and not packed:
         codes = jnp.swapaxes(codes, -1, -2).reshape(*codes.shape[:-2], -1, 1)
-    if fmt.code_bits < 8:
+    if fmt.code_bits < 8 and not packed:
         codes = pack(codes, fmt.code_bits)
     if isinstance(fmt, Int):
         return AffineTensor(codes, scale, zero, fmt, matrix, dtype)

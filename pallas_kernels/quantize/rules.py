@@ -180,7 +180,7 @@ def pack_rows(rows: Sequence[Any], bits: int) -> list[Any]:
 
 
 def stored_dtype(spec: WeightSpec) -> Any:
-    """dtype of the codes: uint8, int8 or the FP8 type."""
+    """What codes are stored as: uint8, int8 or the FP8 type."""
     if spec.kind in FLOAT8:
         return FLOAT8[spec.kind]
     whole = spec.kind == "int" and spec.bits == 8 and spec.offset == 0

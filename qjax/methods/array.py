@@ -96,15 +96,17 @@ def quantize(
     else:
         fmt.grouping(matrix)  # a group that does not fit is reported before any work
         w = jnp.asarray(w, _compute_dtype(dtype))
+        treatment = "clip" if nonfinite == "raise" else nonfinite
         if nonfinite == "raise" and not isinstance(w, Tracer):
             check_finite(w, name, transposed=axis == -1)
+            treatment = "none"
         q = _quantize(
             w,
             fmt,
             method or RTN(),
             importance,
             key,
-            "clip" if nonfinite == "raise" else nonfinite,
+            treatment,
         )
     q = with_dtype(q, "float32" if dtype == jnp.float64 else dtype.name)
     return Transposed(q) if axis == -1 else q
@@ -117,6 +119,8 @@ def _compute_dtype(dtype):
 @functools.partial(jax.jit, static_argnums=(1, 2, 5))
 def _quantize(w, fmt, method, importance, key, nonfinite):
     w = w.astype(jnp.float32)
+    if nonfinite == "none":
+        return method(w, fmt, importance=importance, key=key)
     finite = jnp.where(jnp.isfinite(w), w, 0.0)
     if nonfinite == "clip":
         top = jnp.max(jnp.abs(finite))

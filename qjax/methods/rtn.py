@@ -27,6 +27,7 @@ from qjax.formats import Cast, Format, Grouping, Int
 from qjax.formats.base import check_choice, divided, rounded
 from qjax.formats.codebook import TableFormat
 from qjax.methods.base import Method
+from qjax.methods.fused import fused_codes, group_absmax
 from qjax.scales import nvfp4_divisor, store_scale
 from qjax.tensor import (
     QuantizedTensor,
@@ -106,7 +107,7 @@ class RTN(Method):
 
     def _range(self, p: "Problem"):
         """Ends of the covered range, `[*lead, G, 1, N]`."""
-        if self.rule == "absmax":
+        if self.rule == "absmax" and p.asymmetric:
             top = jnp.max(jnp.abs(p.w), axis=-2, keepdims=True)
             return -top, top
         low, high = p.full_range()
@@ -130,6 +131,7 @@ class Problem(NamedTuple):
     fmt: Format
     group: Grouping
     divisor: Any
+    full: Float[Array, "*lead in out"]
 
     @classmethod
     def build(cls, w, fmt: Format, importance=None) -> "Problem":
@@ -146,7 +148,7 @@ class Problem(NamedTuple):
         divisor = None
         if fmt.name == "nvfp4":
             divisor = nvfp4_divisor(jnp.max(jnp.abs(w), axis=(-2, -1), keepdims=True))
-        return cls(group.split(w), weight, fmt, group, divisor)
+        return cls(group.split(w), weight, fmt, group, divisor, w)
 
     @property
     def asymmetric(self) -> bool:
@@ -155,6 +157,11 @@ class Problem(NamedTuple):
 
     def full_range(self):
         """Extremes of each group; symmetric around 0 for symmetric formats."""
+        if not self.asymmetric:
+            top = group_absmax(self.full, self.fmt)
+            if top is not None:
+                top = self.group.load(top)
+                return -top, top
         low = jnp.min(self.w, axis=-2, keepdims=True)
         high = jnp.max(self.w, axis=-2, keepdims=True)
         if self.asymmetric:
@@ -222,7 +229,12 @@ class Problem(NamedTuple):
     def finish(self, scale, zero, key=None) -> QuantizedTensor:
         """Codes for fitted parameters, packed."""
         stored, effective = store_scale(self.fmt, self.group.store(scale), self.divisor)
-        codes = self.group.join(self.codes(self.group.load(effective), zero, key))
+        codes = None
+        if zero is None and key is None:
+            codes = fused_codes(self.full, self.fmt, effective)
+        packed = codes is not None
+        if codes is None:
+            codes = self.group.join(self.codes(self.group.load(effective), zero, key))
         if zero is not None:
             assert isinstance(self.fmt, Int)  # only Int has zero-points
             zero = self.group.store(zero).astype(self.fmt.zero_dtype)
@@ -233,6 +245,7 @@ class Problem(NamedTuple):
             self.group.matrix,
             zero=zero,
             global_scale=self.divisor,
+            packed=packed,
         )
 
 
@@ -329,6 +342,13 @@ def keep_better(best, error, scale, zero):
 def _absmax_table(p: Problem, key) -> QuantizedTensor:
     """The 4-bit rule of bitsandbytes, bit for bit: see `qjax.formats.codebook`."""
     group = p.group
+    exact = p.fmt.scale_dtype == "float32"  # pyright: ignore[reportAttributeAccessIssue]
+    top = None if key is not None else group_absmax(p.full, p.fmt)
+    if top is not None:
+        kept, scale = store_scale(p.fmt, top)
+        scale = None if exact else jnp.where(scale > 0, scale, 1.0)
+        codes = fused_codes(p.full, p.fmt, scale)
+        return assemble(p.fmt, codes, kept, group.matrix, packed=True)  # pyright: ignore[reportArgumentType]
     absmax = jnp.max(jnp.abs(p.w), axis=-2, keepdims=True)
     size = group.matrix[0] * group.matrix[1]
     partial = group.kind == "flat" and size % group.size != 0
@@ -337,7 +357,6 @@ def _absmax_table(p: Problem, key) -> QuantizedTensor:
         last = absmax[..., -1:, :, :]
         stat = stat.at[..., -1:, :, :].set(jnp.where(last > 0, last, _CLAMP))
     kept, effective = store_scale(p.fmt, group.store(stat))
-    exact = p.fmt.scale_dtype == "float32"  # pyright: ignore[reportAttributeAccessIssue]
     scale = absmax if exact else group.load(effective)
     scale = jnp.where(scale > 0, scale, 1.0)
     u = p.w * (1.0 / scale) if exact else divided(p.w, scale)
