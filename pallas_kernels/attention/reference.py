@@ -25,7 +25,6 @@ moves by at most `e = scale * s_k / 2 * |q|_1` and the result by at most
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -333,14 +332,19 @@ def positions_from_lengths(lengths, time: int, length: int):
 
 
 def reach(queries, keys, window=None):
-    """Returns per row the first slot any query sees and one past the last.
+    """Returns per row a first slot and one past a last: between are all that is seen.
 
     Rows that see nothing have (0, 0). Blocks outside need not be read.
     """
-    any_seen = jax.vmap(lambda m: m.any(0))(seen(queries, keys, window))
+    real = queries >= 0
+    high = jnp.max(queries, axis=1, keepdims=True)
+    any_seen = (keys >= 0) & (keys <= high)
+    if window is not None:
+        low = jnp.min(jnp.where(real, queries, high), axis=1, keepdims=True)
+        any_seen &= low - keys < window
     length = keys.shape[1]
     found = any_seen.any(1)
     first = jnp.argmax(any_seen, axis=1).astype(jnp.int32)
-    last = (length - jnp.argmax(any_seen[:, ::-1], axis=1)).astype(jnp.int32)
+    last = length - jnp.argmax(any_seen[:, ::-1], axis=1).astype(jnp.int32)
     zero = jnp.zeros((), jnp.int32)
     return jnp.where(found, first, zero), jnp.where(found, last, zero)

@@ -7,6 +7,7 @@ compiling for the device (`python benchmarks/cases_attention.py tpu`).
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 
 from .reference import KINDS, KV
@@ -155,6 +156,11 @@ def divisor(length: int, most: int, unit: int) -> int:
         if length % size == 0:
             return size
     return math.gcd(length, unit)
+
+
+def default_device() -> str | None:
+    """Returns the kind of the device that programs are traced for."""
+    return jax.devices()[0].device_kind
 
 
 def config(device: str | None, problem: Problem) -> Config:
