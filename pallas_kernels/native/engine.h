@@ -1,0 +1,544 @@
+// The products, written once over the primitives of lanes.h and included once per
+// instruction set. Both engines decode a panel (one block of W by one strip of columns)
+// into the first-level cache and multiply it by all rows of x:
+//
+// * integer: panel of bytes, four neighbouring rows of W per dword; x is fixed point,
+//   x ~ step * (256 high + low) with step = absmax of the block / 32512, or int8 rows
+//   with one step; sums inside a block are exact 32-bit integers;
+// * float: panel of float32 values, x as it is.
+//
+//   y[m, j] = sum over blocks of scale[g, j] * (x . code - zero[g, j] * sum of x)
+
+template <int S, bool BYTES, class V>
+INLINE V shift(V v) {
+  if constexpr (BYTES) {
+    return bshift<S>(v);
+  } else {
+    return ishift<S>(v);
+  }
+}
+
+template <bool BYTES, class V>
+INLINE V mask(V v, int bits) {
+  if constexpr (BYTES) {
+    return band(v, bset(bits));
+  } else {
+    return iand(v, iset(bits));
+  }
+}
+
+// Field of `WIDTH` bits of row `J`, moved to bit `AT` of the code. Its byte rows begin
+// at `FIRST`.
+template <int WIDTH, int FIRST, int AT, int J, bool BYTES, class V>
+INLINE V field(const V* rows, int step) {
+  constexpr int kPer = 8 / WIDTH;
+  V v = rows[(FIRST + J / kPer) * step];
+  return mask<BYTES>(shift<J % kPer * WIDTH - AT, BYTES>(v), ((1 << WIDTH) - 1) << AT);
+}
+
+template <bool BYTES, class V>
+INLINE V join(V a, V b) {
+  if constexpr (BYTES) {
+    return bor(a, b);
+  } else {
+    return ior(a, b);
+  }
+}
+
+// Code of row `J` of a unit whose byte rows are `rows[0], rows[step], ...`.
+template <int BITS, int J, bool BYTES, class V>
+INLINE V code(const V* rows, int step) {
+  if constexpr (BITS == 8) {
+    return rows[0];
+  } else if constexpr (BITS == 1 || BITS == 2 || BITS == 4) {
+    return field<BITS, 0, 0, J, BYTES>(rows, step);
+  } else if constexpr (BITS == 3) {
+    return join<BYTES>(field<2, 0, 0, J, BYTES>(rows, step),
+                       field<1, 2, 2, J, BYTES>(rows, step));
+  } else {
+    V v = field<4, 0, 0, J, BYTES>(rows, step);
+    if constexpr (BITS == 5) v = join<BYTES>(v, field<1, 4, 4, J, BYTES>(rows, step));
+    if constexpr (BITS >= 6) v = join<BYTES>(v, field<2, 4, 4, J, BYTES>(rows, step));
+    if constexpr (BITS == 7) v = join<BYTES>(v, field<1, 6, 6, J, BYTES>(rows, step));
+    return v;
+  }
+}
+
+template <int BITS>
+struct Unit {
+  static constexpr bool kFields = BITS == 3 || BITS > 4;
+  static constexpr int kRows = BITS == 8 ? 1 : (kFields ? BITS : 1);
+  static constexpr int kPer = BITS == 8 ? 1 : (kFields ? 8 : 8 / BITS);
+};
+
+alignas(64) static const uint8_t kZeros[64] = {};
+
+template <int BITS, int... J>
+INLINE void store_codes(const B* rows, uint8_t* panel, std::integer_sequence<int, J...>) {
+  for (int t = 0; t < 4; ++t) {
+    (store(panel + (J * 4 + t) * W, code<BITS, J, true>(rows + t, 4)), ...);
+  }
+}
+
+// Byte rows at `p`, `stride` apart, to a panel [dwords][4][W]; `ahead` bytes further on
+// are what will be read soon.
+template <int BITS>
+static void decode_codes(const uint8_t* p, int64_t stride, int64_t ahead, int64_t units,
+                         int flip, uint8_t* panel) {
+  constexpr int R = Unit<BITS>::kRows, PER = Unit<BITS>::kPer;
+  const B turn = bset(flip);
+  for (int64_t u = 0; u < units; u += 4) {
+    B rows[R][4];
+    for (int r = 0; r < R; ++r) {
+      B in[4];
+      for (int b = 0; b < 4; ++b) {
+        const uint8_t* at = p + ((u + b) * R + r) * stride;
+        bool real = u + b < units;
+        if (real) PREFETCH(at + ahead);
+        in[b] = load(real ? at : kZeros);
+        if constexpr (BITS == 8) in[b] = bxor(in[b], turn);
+      }
+      interleave(in[0], in[1], in[2], in[3], rows[r]);
+    }
+    store_codes<BITS>(rows[0], panel, std::make_integer_sequence<int, PER>());
+    panel += PER * 4 * W;
+  }
+}
+
+// Adds a panel times MR rows of quantized x to y [MR][4 L], woven.
+template <int BITS, int H, int MR>
+static void multiply_codes(const uint8_t* panel, int64_t dwords, const int32_t* x,
+                           int64_t x_stride, const float* step, const float* sum,
+                           int64_t step_stride, const F* s, const F* z, float* y,
+                           int64_t y_stride) {
+  I acc[MR][H][4];
+  for (int r = 0; r < MR; ++r) {
+    for (int h = 0; h < H; ++h) {
+      for (int t = 0; t < 4; ++t) acc[r][h][t] = izero();
+    }
+  }
+  for (int64_t d = 0; d < dwords; ++d, panel += 4 * W) {
+    I w[4] = {iload(panel), iload(panel + W), iload(panel + 2 * W), iload(panel + 3 * W)};
+    for (int r = 0; r < MR; ++r) {
+      for (int h = 0; h < H; ++h) {
+        I v = iset(x[r * x_stride + d * H + h]);
+        for (int t = 0; t < 4; ++t) acc[r][h][t] = dot<BITS>(acc[r][h][t], w[t], v);
+      }
+    }
+  }
+  for (int r = 0; r < MR; ++r) {
+    F turn = fset(step[r * step_stride]), total = fset(sum[r * step_stride]);
+    for (int t = 0; t < 4; ++t) {
+      F v;
+      if constexpr (H == 2) {
+        v = halves(acc[r][0][t], acc[r][1][t]);
+      } else {
+        v = icvt(acc[r][0][t]);
+      }
+      float* to = y + r * y_stride + t * L;
+      fstore(to, fma(fmul(s[t], turn), fnma(z[t], total, v), fload(to)));
+    }
+  }
+}
+
+enum class Value { table, cast, gather, e4m3, e5m2 };
+
+template <int BITS, Value V, int J>
+INLINE F value(const I* rows, const Table& small, const float* large) {
+  if constexpr (V == Value::table) {
+    if constexpr (kWraps && (BITS == 1 || BITS == 2 || BITS == 4)) {
+      return lookup(small, ishift<J * BITS>(rows[0]));
+    } else {
+      return lookup(small, code<BITS, J, false>(rows, 1));
+    }
+  } else if constexpr (V == Value::gather) {
+    return gather(large, code<BITS, J, false>(rows, 1));
+  } else {
+    return icvt(code<BITS, J, false>(rows, 1));
+  }
+}
+
+template <int BITS, Value V, int... J>
+INLINE void store_values(const I* rows, const Table& small, const float* large,
+                         float* panel, std::integer_sequence<int, J...>) {
+  (fstore(panel + J * 4 * L, value<BITS, V, J>(rows, small, large)), ...);
+}
+
+// Byte rows to a panel [rows][4][L] of float values.
+template <int BITS, Value V>
+static void decode_values(const uint8_t* p, int64_t stride, int64_t ahead, int64_t units,
+                          const Call& c, float* panel) {
+  constexpr int R = Unit<BITS>::kRows, PER = Unit<BITS>::kPer;
+  const Table small = table(c.table);
+  for (int64_t u = 0; u < units; ++u, p += R * stride) {
+    for (int r = 0; r < R; ++r) PREFETCH(p + r * stride + ahead);
+    for (int t = 0; t < 4; ++t, panel += L) {
+      const uint8_t* at = p + t * L;
+      if constexpr (V == Value::e4m3) {
+        fstore(panel, e4m3(at));
+      } else if constexpr (V == Value::e5m2) {
+        fstore(panel, e5m2(at));
+      } else {
+        I rows[R];
+        for (int r = 0; r < R; ++r) {
+          const uint8_t* from = at + r * stride;
+          if constexpr (V == Value::cast && BITS == 8) {
+            rows[r] = c.signed_codes ? widen_signed(from) : widen(from);
+          } else {
+            rows[r] = widen(from);
+          }
+        }
+        store_values<BITS, V>(rows, small, c.table, panel,
+                              std::make_integer_sequence<int, PER>());
+      }
+    }
+    panel += (PER - 1) * 4 * L;
+  }
+}
+
+template <int MR>
+static void multiply_values(const float* panel, int64_t rows, const float* x,
+                            int64_t x_stride, const float* sum, int64_t sum_stride,
+                            const F* s, const F* z, float* y, int64_t y_stride) {
+  F acc[MR][4];
+  for (int r = 0; r < MR; ++r) {
+    for (int t = 0; t < 4; ++t) acc[r][t] = fset(0);
+  }
+  for (int64_t i = 0; i < rows; ++i, panel += 4 * L) {
+    F w[4] = {fload(panel), fload(panel + L), fload(panel + 2 * L), fload(panel + 3 * L)};
+    for (int r = 0; r < MR; ++r) {
+      F v = fset(x[r * x_stride + i]);
+      for (int t = 0; t < 4; ++t) acc[r][t] = fma(v, w[t], acc[r][t]);
+    }
+  }
+  for (int r = 0; r < MR; ++r) {
+    F total = fset(sum[r * sum_stride]);
+    for (int t = 0; t < 4; ++t) {
+      float* to = y + r * y_stride + t * L;
+      fstore(to, fma(s[t], fnma(z[t], total, acc[r][t]), fload(to)));
+    }
+  }
+}
+
+using DecodeCodes = void (*)(const uint8_t*, int64_t, int64_t, int64_t, int, uint8_t*);
+using DecodeValues = void (*)(const uint8_t*, int64_t, int64_t, int64_t, const Call&,
+                              float*);
+using MultiplyCodes = void (*)(const uint8_t*, int64_t, const int32_t*, int64_t,
+                               const float*, const float*, int64_t, const F*, const F*,
+                               float*, int64_t);
+using MultiplyValues = void (*)(const float*, int64_t, const float*, int64_t,
+                                const float*, int64_t, const F*, const F*, float*,
+                                int64_t);
+
+static DecodeCodes codes_decoder(int bits) {
+  constexpr DecodeCodes all[] = {decode_codes<1>, decode_codes<2>, decode_codes<3>,
+                                 decode_codes<4>, decode_codes<5>, decode_codes<6>,
+                                 decode_codes<7>, decode_codes<8>};
+  return all[bits - 1];
+}
+
+static DecodeValues values_decoder(const Call& c) {
+  constexpr DecodeValues low[] = {
+      decode_values<1, Value::table>, decode_values<2, Value::table>,
+      decode_values<3, Value::table>, decode_values<4, Value::table>};
+  constexpr DecodeValues cast[] = {
+      decode_values<5, Value::cast>, decode_values<6, Value::cast>,
+      decode_values<7, Value::cast>, decode_values<8, Value::cast>};
+  constexpr DecodeValues wide[] = {
+      decode_values<5, Value::gather>, decode_values<6, Value::gather>,
+      decode_values<7, Value::gather>, decode_values<8, Value::gather>};
+  if (c.kind == Kind::e4m3) return decode_values<8, Value::e4m3>;
+  if (c.kind == Kind::e5m2) return decode_values<8, Value::e5m2>;
+  if (c.bits <= 4) return low[c.bits - 1];
+  return c.kind == Kind::integer ? cast[c.bits - 5] : wide[c.bits - 5];
+}
+
+template <int BITS, int H>
+static MultiplyCodes codes_multiplier(int rows) {
+  constexpr MultiplyCodes all[] = {
+      multiply_codes<BITS, H, 1>, multiply_codes<BITS, H, 2>, multiply_codes<BITS, H, 3>,
+      multiply_codes<BITS, H, 4>, multiply_codes<BITS, H, 5>, multiply_codes<BITS, H, 6>};
+  return all[rows - 1];
+}
+
+static MultiplyValues values_multiplier(int rows) {
+  constexpr MultiplyValues all[] = {multiply_values<1>, multiply_values<2>,
+                                    multiply_values<3>, multiply_values<4>,
+                                    multiply_values<5>, multiply_values<6>};
+  return all[rows - 1];
+}
+
+// Scales and zero-points of one group and strip; columns beyond the last have scale 0.
+static void load_scales(const Call& c, int64_t group, int64_t column, int64_t count,
+                        float extra, bool weave, F* s, F* z) {
+  alignas(64) float scale[W], zero[W];
+  if (count < W) std::memset(scale, 0, sizeof scale);
+  to_floats(c.scale, group * c.n + column, count, scale);
+  for (int t = 0; t < 4; ++t) s[t] = weave ? woven(scale, t) : fload(scale + t * L);
+  if (c.zero.type == Type::none) {
+    for (int t = 0; t < 4; ++t) z[t] = fset(extra);
+    return;
+  }
+  if (count < W) std::memset(zero, 0, sizeof zero);
+  to_floats(c.zero, group * c.n + column, count, zero);
+  for (int t = 0; t < 4; ++t) {
+    z[t] = fadd(fset(extra), weave ? woven(zero, t) : fload(zero + t * L));
+  }
+}
+
+// Copies the byte rows of a strip that the matrix cuts off to whole strips.
+static void pad_strip(const uint8_t* p, int64_t stride, int64_t count, int64_t rows,
+                      uint8_t* out) {
+  for (int64_t i = 0; i < rows; ++i) {
+    std::memcpy(out + i * W, p + i * stride, count);
+    std::memset(out + i * W + count, 0, W - count);
+  }
+}
+
+// What 8-bit codes are turned into for `dot` (xor), and what that adds to a code.
+static int flip_of(const Call& c) {
+  return c.bits == 8 && c.signed_codes != kSigned ? 0x80 : 0;
+}
+
+static float shift_of(const Call& c) {
+  return flip_of(c) ? (kSigned ? -128.f : 128.f) : 0.f;
+}
+
+// A strip of packed rows: where it is, padded when the matrix cuts it off.
+struct Strip {
+  const uint8_t* p;
+  int64_t stride, ahead;
+};
+
+static Strip strip_of(const Call& c, const Block& block, int64_t column, int64_t count,
+                      int64_t ahead, uint8_t* edge) {
+  const uint8_t* p = c.codes + block.packed * c.n + column;
+  if (count == W) return {p, c.n, ahead};
+  pad_strip(p, c.n, count, block.units * c.unit_rows, edge);
+  return {edge, W, 0};
+}
+
+// Bytes from a strip to the one `kAhead` strips later in the order of `forward`.
+static int64_t ahead_of(const Call& c, size_t b, int64_t column, int64_t c0, int64_t c1) {
+  constexpr int64_t kAhead = 4;
+  int64_t next = column + kAhead * W;
+  if (next < c1) return kAhead * W;
+  if (b + 1 == c.blocks.size()) return 0;
+  next = c0 + (next - c1) / W * W;
+  if (next >= c1) next = c0;
+  return (c.blocks[b + 1].packed - c.blocks[b].packed) * c.n + next - column;
+}
+
+static void finish(const Call& c, const float* y, int64_t y_stride, int64_t m0, int64_t m1,
+                   int64_t c0, int64_t c1, bool weave) {
+  alignas(64) float line[W], bias[W];
+  for (int64_t column = c0; column < c1; column += W) {
+    int64_t count = c1 - column < W ? c1 - column : W;
+    if (c.bias.type != Type::none) to_floats(c.bias, column, count, bias);
+    for (int64_t r = m0; r < m1; ++r) {
+      const float* from = y + (r - m0) * y_stride + column - c0;
+      for (int t = 0; t < 4; ++t) {
+        for (int l = 0; l < L / 4; ++l) {
+          std::memcpy(line + (weave ? 16 * l + 4 * t : t * L + 4 * l),
+                      from + t * L + 4 * l, 16);
+        }
+      }
+      if (c.bias.type != Type::none) {
+        for (int i = 0; i < count; ++i) line[i] += bias[i];
+      }
+      from_floats(line, count, c.y_type, c.y, r * c.n + column);
+    }
+  }
+}
+
+template <int H>
+static MultiplyCodes codes_multiplier(int bits, int rows) {
+  return bits == 8 ? codes_multiplier<8, H>(rows) : codes_multiplier<7, H>(rows);
+}
+
+static void forward(const Call& c, int64_t m0, int64_t m1, int64_t c0, int64_t c1) {
+  thread_local Buffer panels, results, edges;
+  int64_t width = (c1 - c0 + W - 1) / W * W, blocks = c.blocks.size();
+  float* y = results.get<float>((m1 - m0) * width);
+  std::memset(y, 0, (m1 - m0) * width * sizeof(float));
+  uint8_t* panel = panels.get<uint8_t>(c.integer_engine ? (kBlock + 32) * W
+                                                        : (kFloatBlock + 8) * W * 4);
+  uint8_t* edge = edges.get<uint8_t>(kBlock * W);
+  const bool whole = c.integer_engine;
+  const int tile = whole && c.halves == 2 ? (kRows + 1) / 2 : kRows;
+  const DecodeCodes codes = codes_decoder(c.bits);
+  const DecodeValues values = values_decoder(c);
+  const float extra = c.offset + (whole ? shift_of(c) : 0.f);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const Block& block = c.blocks[b];
+    for (int64_t column = c0; column < c1; column += W) {
+      int64_t count = c1 - column < W ? c1 - column : W;
+      int64_t ahead = ahead_of(c, b, column, c0, c1);
+      Strip strip = strip_of(c, block, column, count, ahead, edge);
+      F s[4], z[4];
+      load_scales(c, block.group, column, count, extra, whole, s, z);
+      auto* floats = reinterpret_cast<float*>(panel);
+      if (whole) {
+        codes(strip.p, strip.stride, strip.ahead, block.units, flip_of(c), panel);
+      } else {
+        values(strip.p, strip.stride, strip.ahead, block.units, c, floats);
+      }
+      for (int64_t r = m0; r < m1;) {
+        int rows = m1 - r < tile ? int(m1 - r) : tile;
+        float* to = y + (r - m0) * width + column - c0;
+        const float *step = c.step + r * blocks + b, *sum = c.sum + r * blocks + b;
+        if (whole) {
+          const int32_t* x = c.xq + (r * c.dwords + block.dword) * c.halves;
+          auto run = c.halves == 2 ? codes_multiplier<2>(c.bits, rows)
+                                   : codes_multiplier<1>(c.bits, rows);
+          run(panel, block.dwords, x, c.dwords * c.halves, step, sum, blocks, s, z, to,
+              width);
+        } else {
+          values_multiplier(rows)(floats, block.rows, c.xf + r * c.k + block.first, c.k,
+                                  sum, blocks, s, z, to, width);
+        }
+        r += rows;
+      }
+    }
+  }
+  finish(c, y, width, m0, m1, c0, c1, whole);
+}
+
+static void transposed(const Call& c, int64_t m0, int64_t m1, const Block& block) {
+  thread_local Buffer panels, sums, edges;
+  float* panel = panels.get<float>((kFloatBlock + 8) * W);
+  uint8_t* edge = edges.get<uint8_t>(kBlock * W);
+  float* sum = sums.get<float>((m1 - m0) * block.rows * L);
+  std::memset(sum, 0, (m1 - m0) * block.rows * L * sizeof(float));
+  const DecodeValues values = values_decoder(c);
+  for (int64_t column = 0; column < c.n; column += W) {
+    int64_t count = c.n - column < W ? c.n - column : W;
+    Strip strip = strip_of(c, block, column, count, 4 * W, edge);
+    F s[4], z[4];
+    load_scales(c, block.group, column, count, c.offset, false, s, z);
+    values(strip.p, strip.stride, strip.ahead, block.units, c, panel);
+    for (int64_t i = 0; i < block.rows; ++i) {
+      for (int t = 0; t < 4; ++t) {
+        float* at = panel + (i * 4 + t) * L;
+        fstore(at, fmul(s[t], fsub(fload(at), z[t])));
+      }
+    }
+    if (count < W) {  // a table may hold anything for the code of padding
+      for (int64_t i = 0; i < block.rows; ++i) {
+        std::memset(panel + i * W + count, 0, (W - count) * sizeof(float));
+      }
+    }
+    for (int64_t r = m0; r < m1; ++r) {
+      alignas(64) float line[W];
+      const float* x = c.xf + r * c.n + column;
+      if (count < W) {
+        std::memset(line, 0, sizeof line);
+        std::memcpy(line, x, count * sizeof(float));
+        x = line;
+      }
+      F v[4] = {fload(x), fload(x + L), fload(x + 2 * L), fload(x + 3 * L)};
+      float* to = sum + (r - m0) * block.rows * L;
+      const float* w = panel;
+      for (int64_t i = 0; i < block.rows; ++i, w += 4 * L, to += L) {
+        F a = fma(v[0], fload(w), fload(to));
+        F b = fmul(v[1], fload(w + L));
+        a = fma(v[2], fload(w + 2 * L), a);
+        b = fma(v[3], fload(w + 3 * L), b);
+        fstore(to, fadd(a, b));
+      }
+    }
+  }
+  float line[kFloatBlock], bias[kFloatBlock];
+  if (c.bias.type != Type::none) to_floats(c.bias, block.first, block.rows, bias);
+  for (int64_t r = m0; r < m1; ++r) {
+    for (int64_t i = 0; i < block.rows; ++i) {
+      line[i] = fsum(fload(sum + ((r - m0) * block.rows + i) * L));
+      if (c.bias.type != Type::none) line[i] += bias[i];
+    }
+    from_floats(line, block.rows, c.y_type, c.y, r * c.k + block.first);
+  }
+}
+
+// One block of x in fixed point, bytes in the order of a panel. Returns the sum.
+static int64_t place(const Call& c, const Block& block, const int32_t* q, uint8_t* out) {
+  int64_t total = 0, dword_bytes = 4 * c.halves;
+  for (int64_t u = 0; u < block.units; ++u) {
+    for (int j = 0; j < c.per; ++j) {
+      int64_t i = u * c.per + j;
+      if (i >= block.rows) break;
+      int32_t v = q[i];
+      uint8_t* to = out + (u / 4 * c.per + j) * dword_bytes + u % 4;
+      total += v;
+      if (c.halves == 2) {
+        int32_t high = (v + 128) >> 8;
+        to[0] = static_cast<uint8_t>(high);
+        to[4] = static_cast<uint8_t>(v - high * 256);
+      } else {
+        to[0] = static_cast<uint8_t>(v);
+      }
+    }
+  }
+  return total;
+}
+
+static float absmax(const float* x, int64_t count) {
+  uint32_t top = 0;  // of the bits, so that NaN is largest
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits = as_bits(x[i]) & 0x7FFFFFFF;
+    top = bits > top ? bits : top;
+  }
+  return as_float(top);
+}
+
+// x / step, rounded to even; any number where the step is not one.
+static void quantize(const float* x, int64_t count, float step, float limit, int32_t* q) {
+  for (int64_t i = 0; i < count; ++i) {
+    float v = x[i] / step;
+    v = v > limit ? limit : v;
+    v = v < -limit ? -limit : v;
+    q[i] = static_cast<int32_t>(as_bits(v + 12582912.f) & 0x7FFFFF) - 0x400000;
+  }
+}
+
+static void prepare(const Call& c, float* xf, int64_t row) {
+  thread_local Buffer lines, integers;
+  int64_t columns = c.columns(), blocks = c.blocks.size();
+  const float* x = static_cast<const float*>(c.x.data) + row * columns;
+  if (c.x.type != Type::f32) {
+    float* line = xf ? xf + row * columns : lines.get<float>(columns);
+    to_floats(c.x, row * columns, columns, line);
+    x = line;
+  }
+  if (c.transpose) return;
+  float *step = c.step + row * blocks, *sum = c.sum + row * blocks;
+  if (!c.integer_engine) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      float total = 0;
+      for (int64_t i = 0; i < c.blocks[b].rows; ++i) total += x[c.blocks[b].first + i];
+      sum[b] = total;
+    }
+    return;
+  }
+  int32_t* q = integers.get<int32_t>(columns);
+  int32_t* xq = c.xq + row * c.dwords * c.halves;
+  std::memset(xq, 0, c.dwords * c.halves * sizeof(int32_t));
+  const bool coded = c.x.type == Type::s8;
+  float whole = 0;  // step of a row of int8 activations
+  if (c.x_scale.type != Type::none) {
+    to_floats(c.x_scale, row, 1, &whole);
+  } else if (c.halves == 1) {
+    whole = absmax(x, columns) / 127.f;
+    if (whole < 0x1p-126f) whole = 1;
+  }
+  for (int64_t b = 0; b < blocks; ++b) {
+    const Block& block = c.blocks[b];
+    const float* from = x + block.first;
+    step[b] = c.halves == 1 ? whole : absmax(from, block.rows) / kTop;
+    const float by = coded || !(step[b] != 0) ? 1.f : step[b];
+    quantize(from, block.rows, by, coded ? 128.f : c.halves == 1 ? 127.f : kTop, q);
+    // An infinite or undefined activation makes its row undefined.
+    if (!(step[b] < INFINITY)) step[b] = NAN;
+    auto* out = reinterpret_cast<uint8_t*>(xq + block.dword * c.halves);
+    sum[b] = float(place(c, block, q, out));
+  }
+}

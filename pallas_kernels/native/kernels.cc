@@ -1,0 +1,501 @@
+// Products with packed weights on CPUs, as XLA FFI handlers: engine.h compiled for
+// several instruction sets, the choice between them, and the division of work among
+// XLA's threads.
+
+#include <atomic>
+#include <cmath>
+#include <functional>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "call.h"
+
+#include "xla/ffi/api/c_api.h"
+// A runtime refuses handlers that report a newer minor version than its own. Minor
+// versions only add to the interface and nothing younger than 0.3 is used here, so that
+// is what the handlers report, whichever headers they are built with.
+#if XLA_FFI_API_MAJOR == 0 && XLA_FFI_API_MINOR > 3
+#undef XLA_FFI_API_MINOR
+#define XLA_FFI_API_MINOR 3
+#endif
+#include "xla/ffi/api/ffi.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#define PREFETCH(p) __builtin_prefetch(p)
+
+#if defined(__x86_64__)
+#define QJAX_X86 1
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
+#endif
+
+#define QJAX_TEXT(x) #x
+#if defined(__clang__)
+#define QJAX_TARGET(features)                                                     \
+  _Pragma(QJAX_TEXT(clang attribute push(__attribute__((target(features))), \
+                                         apply_to = function)))
+#define QJAX_TARGET_END _Pragma("clang attribute pop")
+#else
+#define QJAX_TARGET(features) \
+  _Pragma("GCC push_options") _Pragma(QJAX_TEXT(GCC target(features)))
+#define QJAX_TARGET_END _Pragma("GCC pop_options")
+#endif
+
+#ifdef QJAX_X86
+QJAX_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
+namespace qjax::avx512 {
+#define QJAX_LANES_AVX512
+#include "convert.h"
+#include "lanes.h"
+#include "engine.h"
+#undef QJAX_LANES_AVX512
+}  // namespace qjax::avx512
+QJAX_TARGET_END
+
+QJAX_TARGET("avx2,fma,f16c,avxvnni")
+namespace qjax::avxvnni {
+#define QJAX_LANES_AVXVNNI
+#include "convert.h"
+#include "lanes.h"
+#include "engine.h"
+#undef QJAX_LANES_AVXVNNI
+}  // namespace qjax::avxvnni
+QJAX_TARGET_END
+
+QJAX_TARGET("avx2,fma,f16c")
+namespace qjax::avx2 {
+#define QJAX_LANES_AVX2
+#include "convert.h"
+#include "lanes.h"
+#include "engine.h"
+#undef QJAX_LANES_AVX2
+}  // namespace qjax::avx2
+QJAX_TARGET_END
+#endif
+
+#ifdef __aarch64__
+#if defined(__clang__)
+QJAX_TARGET("dotprod")
+#else
+QJAX_TARGET("+dotprod")
+#endif
+namespace qjax::neon {
+#define QJAX_LANES_NEON
+#include "convert.h"
+#include "lanes.h"
+#include "engine.h"
+#undef QJAX_LANES_NEON
+}  // namespace qjax::neon
+QJAX_TARGET_END
+#endif
+
+namespace qjax::plain {
+#include "convert.h"
+#include "lanes.h"
+#include "engine.h"
+}  // namespace qjax::plain
+
+namespace qjax {
+namespace {
+
+#define QJAX_ENGINE(isa) {#isa, isa::W, isa::prepare, isa::forward, isa::transposed}
+
+// Best first.
+const Engine kEngines[] = {
+#ifdef QJAX_X86
+    QJAX_ENGINE(avx512), QJAX_ENGINE(avxvnni), QJAX_ENGINE(avx2),
+#endif
+#ifdef __aarch64__
+    QJAX_ENGINE(neon),
+#endif
+    QJAX_ENGINE(plain)};
+
+bool supported(const std::string& isa) {
+#ifdef QJAX_X86
+  __builtin_cpu_init();
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == "avx2") return avx2;
+  if (isa == "avxvnni") {
+    // Not known to __builtin_cpu_supports of older compilers: CPUID 7.1, EAX bit 4.
+    uint32_t a = 7, b, c = 1, d;
+    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    return avx2 && (a >> 4 & 1);
+  }
+  if (isa == "avx512") {
+    return avx2 && __builtin_cpu_supports("avx512f") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+  }
+#endif
+#ifdef __aarch64__
+#if defined(__linux__)
+  if (isa == "neon") return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+#else
+  if (isa == "neon") return true;
+#endif
+#endif
+  return isa == "plain";
+}
+
+const Engine* best() {
+  for (const Engine& engine : kEngines) {
+    if (supported(engine.name)) return &engine;
+  }
+  return nullptr;  // never: "plain" is always supported
+}
+
+std::atomic<const Engine*> chosen{best()};
+
+// Runs `work(i)` for every i below `count` on the pool and on the calling thread, which
+// is itself one of the pool's: it claims work like the others and never waits for a
+// helper that has not started.
+template <typename Work>
+bool parallel(xla::ffi::ThreadPool& pool, int64_t threads, int64_t count,
+              const Work& work) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+    std::atomic<bool> failed{false};
+    int64_t count;
+    const Work* work;
+  };
+  auto state = std::make_shared<State>();
+  state->count = count;
+  state->work = &work;
+  auto claim = [state] {
+    for (int64_t i; (i = state->next.fetch_add(1)) < state->count;) {
+      try {
+        (*state->work)(i);
+      } catch (const std::bad_alloc&) {
+        state->failed = true;
+      }
+      state->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  for (int64_t i = 1; i < threads && i < count; ++i) {
+    pool.Schedule(std::function<void()>(claim));
+  }
+  claim();
+  for (int spins = 0; state->done.load(std::memory_order_acquire) < count; ++spins) {
+    if (spins > 2000) std::this_thread::yield();
+  }
+  return !state->failed;
+}
+
+void cut_blocks(Call& c, int64_t group) {
+  const int64_t most = c.integer_engine ? kBlock : kFloatBlock;
+  int64_t g = 0;
+  for (int64_t start = 0; start < c.k; start += group, ++g) {
+    int64_t end = start + group < c.k ? start + group : c.k;
+    for (int64_t first = start; first < end; first += most) {
+      Block block;
+      block.first = first;
+      block.rows = end - first < most ? end - first : most;
+      block.group = g;
+      block.packed = first / c.per * c.unit_rows;
+      block.units = (block.rows + c.per - 1) / c.per;
+      block.dwords = (block.units + 3) / 4 * c.per;
+      block.dword = c.dwords;
+      c.dwords += block.dwords;
+      c.blocks.push_back(block);
+    }
+  }
+}
+
+bool run_forward(const Call& c, const Engine& engine, xla::ffi::ThreadPool& pool,
+                 int64_t threads) {
+  const int64_t strip = engine.strip;
+  const int64_t rows = c.m < 512 ? c.m : 512;
+  const int64_t share = (c.n + threads * 4 - 1) / (threads * 4);
+  int64_t width = 65536 / rows < share ? 65536 / rows : share;
+  width = (width + strip - 1) / strip * strip;
+  const int64_t across = (c.n + width - 1) / width, down = (c.m + rows - 1) / rows;
+  return parallel(pool, threads, across * down, [&](int64_t i) {
+    int64_t m0 = i / across * rows, c0 = i % across * width;
+    int64_t m1 = m0 + rows < c.m ? m0 + rows : c.m;
+    int64_t c1 = c0 + width < c.n ? c0 + width : c.n;
+    engine.forward(c, m0, m1, c0, c1);
+  });
+}
+
+bool run_transposed(const Call& c, const Engine& engine, xla::ffi::ThreadPool& pool,
+                    int64_t threads) {
+  const int64_t rows = 16, blocks = c.blocks.size();
+  return parallel(pool, threads, blocks * ((c.m + rows - 1) / rows), [&](int64_t i) {
+    int64_t m0 = i / blocks * rows;
+    engine.transposed(c, m0, m0 + rows < c.m ? m0 + rows : c.m, c.blocks[i % blocks]);
+  });
+}
+
+bool run(Call& c, const Engine& engine, xla::ffi::ThreadPool& pool) {
+  Buffer xq, xf, step, sum;
+  const int64_t threads = pool.num_threads() > 0 ? pool.num_threads() : 1;
+  const size_t blocks = c.blocks.size();
+  c.step = step.get<float>(c.m * blocks + 1);
+  c.sum = sum.get<float>(c.m * blocks + 1);
+  float* floats = nullptr;
+  if (c.integer_engine) {
+    c.xq = xq.get<int32_t>(c.m * c.dwords * c.halves + 1);
+  } else if (c.x.type == Type::f32) {
+    c.xf = static_cast<const float*>(c.x.data);
+  } else {
+    c.xf = floats = xf.get<float>(c.m * c.columns() + 1);
+  }
+  const int64_t per = (c.m + threads * 4 - 1) / (threads * 4);
+  auto prepare = [&](int64_t i) {
+    for (int64_t r = i * per; r < (i + 1) * per && r < c.m; ++r) {
+      engine.prepare(c, floats, r);
+    }
+  };
+  if (c.m * c.columns() < 1 << 15) {
+    for (int64_t r = 0; r < c.m; ++r) engine.prepare(c, floats, r);
+  } else if (!parallel(pool, threads, (c.m + per - 1) / per, prepare)) {
+    return false;
+  }
+  return c.transpose ? run_transposed(c, engine, pool, threads)
+                     : run_forward(c, engine, pool, threads);
+}
+
+namespace ffi = xla::ffi;
+
+Type type_of(ffi::DataType type) {
+  switch (type) {
+    case ffi::DataType::F32:
+      return Type::f32;
+    case ffi::DataType::BF16:
+      return Type::bf16;
+    case ffi::DataType::F16:
+      return Type::f16;
+    case ffi::DataType::F8E4M3FN:
+      return Type::e4m3;
+    case ffi::DataType::U8:
+      return Type::u8;
+    case ffi::DataType::S8:
+      return Type::s8;
+    default:
+      return Type::none;
+  }
+}
+
+bool is_float(Type type) {
+  return type == Type::f32 || type == Type::bf16 || type == Type::f16;
+}
+
+bool shaped(const ffi::AnyBuffer& buffer, std::initializer_list<int64_t> shape) {
+  auto dims = buffer.dimensions();
+  if (dims.size() != shape.size()) return false;
+  size_t i = 0;
+  for (int64_t size : shape) {
+    if (dims[i++] != size) return false;
+  }
+  return true;
+}
+
+bool empty(const ffi::AnyBuffer& buffer) { return buffer.element_count() == 0; }
+
+ffi::Error bad(const std::string& what) {
+  return ffi::Error::InvalidArgument("qjax native matmul: " + what);
+}
+
+size_t size_of(Type type) { return type == Type::f32 ? 4 : is_float(type) ? 2 : 1; }
+
+// A leaf `[rows, n]`, or the layer of a stack `[layers, rows, n]` that `layer` names.
+bool leaf(const ffi::AnyBuffer& buffer, int64_t layer, int64_t layers, int64_t rows,
+          int64_t n, size_t size, const void** data) {
+  bool fits = layers < 0 ? shaped(buffer, {rows, n}) : shaped(buffer, {layers, rows, n});
+  int64_t skip = layers < 0 ? 0 : layer * rows * n;
+  *data = static_cast<const uint8_t*>(buffer.untyped_data()) + skip * size;
+  return fits;
+}
+
+ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes,
+                    ffi::AnyBuffer scale, ffi::AnyBuffer zero, ffi::AnyBuffer table,
+                    ffi::AnyBuffer bias, ffi::AnyBuffer x_scale, ffi::AnyBuffer layer,
+                    ffi::Result<ffi::AnyBuffer> y, int64_t k, int64_t n, int64_t kind,
+                    int64_t bits, int64_t group, float offset, bool transpose,
+                    int64_t x_bits) {
+  Call c;
+  if (bits < 1 || bits > 8 || k < 1 || n < 1 || group < 1 || kind < 0 || kind > 3) {
+    return bad("attributes out of range");
+  }
+  c.kind = static_cast<Kind>(kind);
+  c.k = k, c.n = n, c.bits = int(bits), c.offset = offset, c.transpose = transpose;
+  const bool fields = bits == 3 || (bits > 4 && bits < 8);
+  c.per = bits == 8 ? 1 : fields ? 8 : 8 / int(bits);
+  c.unit_rows = fields ? int(bits) : 1;
+  if ((c.kind == Kind::e4m3 || c.kind == Kind::e5m2) && bits != 8) {
+    return bad("float8 codes have 8 bits");
+  }
+  const int64_t groups = (k + group - 1) / group;
+  if (groups > 1 && group % c.per) return bad("groups cut a packing unit");
+  const int64_t packed = (k + c.per - 1) / c.per * c.unit_rows;
+  const size_t rank = codes.dimensions().size();
+  if (rank != 2 && rank != 3) return bad("codes need rank 2 or 3");
+  const int64_t layers = rank == 3 ? codes.dimensions()[0] : -1;
+  int64_t at = 0;
+  if (layers >= 0) {
+    if (layer.element_type() != ffi::DataType::S32 || layer.element_count() != 1) {
+      return bad("layer has to be one int32");
+    }
+    at = *static_cast<const int32_t*>(layer.untyped_data());
+    if (at < 0 || at >= layers) {
+      return bad("layer " + std::to_string(at) + " of " + std::to_string(layers));
+    }
+  }
+  const void* data = nullptr;
+  if (!leaf(codes, at, layers, packed, n, 1, &data) || codes.size_bytes() !=
+      codes.element_count()) {
+    return bad("codes do not have the packed shape");
+  }
+  c.codes = static_cast<const uint8_t*>(data);
+  c.signed_codes = codes.element_type() == ffi::DataType::S8;
+  c.scale.type = type_of(scale.element_type());
+  if (c.scale.type == Type::u8) c.scale.type = Type::e8m0;
+  if (c.scale.type == Type::none || c.scale.type == Type::s8 ||
+      !leaf(scale, at, layers, groups, n, size_of(c.scale.type), &c.scale.data)) {
+    return bad("scale has another shape or type than [groups, n]");
+  }
+  if (!empty(zero)) {
+    c.zero.type = type_of(zero.element_type());
+    if (c.zero.type == Type::none ||
+        !leaf(zero, at, layers, groups, n, size_of(c.zero.type), &c.zero.data)) {
+      return bad("zero has another shape or type than [groups, n]");
+    }
+  }
+  const int64_t entries = int64_t(1) << bits;
+  if (c.kind == Kind::table) {
+    const bool shared = shaped(table, {entries});
+    if ((!shared && !shaped(table, {layers, entries})) || table.element_type() != ffi::DataType::F32) {
+      return bad("table has another shape or type than float32 [2**bits]");
+    }
+    auto* values = static_cast<const float*>(table.untyped_data()) + (shared ? 0 : at * entries);
+    for (int64_t i = 0; i < 256; ++i) c.table[i] = values[i % entries];
+  } else {
+    for (int64_t i = 0; i < 256; ++i) c.table[i] = float(i % entries);
+  }
+  if (x.dimensions().size() != 2 || x.dimensions()[1] != c.columns()) {
+    return bad("x has another shape than [m, " + std::to_string(c.columns()) + "]");
+  }
+  c.m = x.dimensions()[0];
+  c.x = {x.untyped_data(), type_of(x.element_type())};
+  c.integer_engine = c.kind == Kind::integer && !transpose;
+  c.halves = x_bits == 8 ? 1 : 2;
+  if (x_bits == 8 && !c.integer_engine) return bad("int8 activations need integers");
+  if (!empty(x_scale)) {
+    c.x_scale = {x_scale.untyped_data(), type_of(x_scale.element_type())};
+    if (c.x_scale.type != Type::f32 || x_bits != 8 || !shaped(x_scale, {c.m})) {
+      return bad("x_scale has to be float32 [m], for int8 activations");
+    }
+  }
+  if (!is_float(c.x.type) && (c.x.type != Type::s8 || empty(x_scale))) {
+    return bad("x has to be float32, bfloat16 or float16, or int8 with x_scale");
+  }
+  const int64_t width = transpose ? k : n;
+  if (!empty(bias)) {
+    c.bias = {bias.untyped_data(), type_of(bias.element_type())};
+    if (!is_float(c.bias.type) || !shaped(bias, {width})) {
+      return bad("bias has another shape or type than one float per column");
+    }
+  }
+  c.y = y->untyped_data();
+  c.y_type = type_of(y->element_type());
+  if (!is_float(c.y_type) || !shaped(*y, {c.m, width})) {
+    return bad("the result has another shape or type");
+  }
+  if (c.m == 0) return ffi::Error::Success();
+  try {
+    cut_blocks(c, group);
+    if (run(c, *chosen.load(), pool)) return ffi::Error::Success();
+  } catch (const std::bad_alloc&) {
+  }
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "qjax native matmul: no memory");
+}
+
+// Reads every byte once and returns the sum of 64-bit words: the bandwidth that a
+// product with this many bytes could have.
+ffi::Error stream_read(ffi::ThreadPool pool, ffi::AnyBuffer x,
+                       ffi::Result<ffi::AnyBuffer> y) {
+  if (y->element_type() != ffi::DataType::U32 || y->element_count() < 1) {
+    return bad("the result has to be uint32");
+  }
+  auto* words = static_cast<const uint64_t*>(x.untyped_data());
+  const int64_t count = x.size_bytes() / 8, threads = pool.num_threads();
+  const int64_t parts = 4 * (threads > 0 ? threads : 1);
+  std::atomic<uint64_t> total{0};
+  auto read = [&](int64_t i) {
+    const int64_t end = count * (i + 1) / parts;
+    uint64_t sum[32] = {};
+    int64_t at = count * i / parts;
+    for (; at + 32 <= end; at += 32) {
+      for (int j = 0; j < 32; ++j) sum[j] += words[at + j];
+    }
+    for (; at < end; ++at) sum[0] += words[at];
+    for (uint64_t s : sum) total += s;
+  };
+  parallel(pool, threads, parts, read);
+  *static_cast<uint32_t*>(y->untyped_data()) = static_cast<uint32_t>(total.load());
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace qjax
+
+#define QJAX_EXPORT extern "C" __attribute__((visibility("default")))
+
+QJAX_EXPORT XLA_FFI_Error* qjax_matmul(XLA_FFI_CallFrame*);
+QJAX_EXPORT XLA_FFI_Error* qjax_stream_read(XLA_FFI_CallFrame*);
+
+using Any = xla::ffi::AnyBuffer;
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_matmul, qjax::multiply,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<Any>()   // x
+                                  .Arg<Any>()   // codes
+                                  .Arg<Any>()   // scale
+                                  .Arg<Any>()   // zero
+                                  .Arg<Any>()   // table
+                                  .Arg<Any>()   // bias
+                                  .Arg<Any>()   // x_scale
+                                  .Arg<Any>()   // layer
+                                  .Ret<Any>()   // y
+                                  .Attr<int64_t>("k")
+                                  .Attr<int64_t>("n")
+                                  .Attr<int64_t>("kind")
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("group")
+                                  .Attr<float>("offset")
+                                  .Attr<bool>("transpose")
+                                  .Attr<int64_t>("x_bits"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    qjax_stream_read, qjax::stream_read,
+    xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>().Arg<Any>().Ret<Any>());
+
+QJAX_EXPORT int qjax_ffi_version() {
+  return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR;
+}
+
+QJAX_EXPORT const char* qjax_isa() {
+  return qjax::chosen.load()->name;
+}
+
+// Chooses an instruction set, the best one for "". Returns whether this machine has it.
+QJAX_EXPORT int qjax_choose_isa(const char* name) {
+  const std::string wanted = name;
+  if (wanted.empty()) {
+    qjax::chosen = qjax::best();
+    return 1;
+  }
+  for (const qjax::Engine& engine : qjax::kEngines) {
+    if (wanted == engine.name && qjax::supported(wanted)) {
+      qjax::chosen = &engine;
+      return 1;
+    }
+  }
+  return 0;
+}
