@@ -222,15 +222,16 @@ class Decode:
     Attributes:
       codec: where the bits lie.
       dtype: "bfloat16" or "float16".
-      offset: integer subtracted from integer codes (8-bit codes are signed).
+      offset: subtracted from integer codes (8-bit codes are signed); `dtype` holds it.
       scales: scaled pieces of the 64 rows: 0 (none), 1, 2, 4 or 8.
       shifted: a term is added after the scale.
-      centered: an integer of each column and piece is subtracted before.
+      centered: an integer of each column and piece, at most 127 (1023 in float16),
+        is subtracted before.
     """
 
     codec: Codec
     dtype: str = "bfloat16"
-    offset: int = 0
+    offset: float = 0.0
     scales: int = 0
     shifted: bool = False
     centered: bool = False
@@ -262,7 +263,7 @@ def fragment(words, decode: Decode, rows=(), table=None, *, interpret=False):
       `[64, 64]` of `decode.dtype`, columns of the weight by rows.
     """
     if interpret:
-        return _fragment_jnp(words, decode, rows, table)
+        return _fragment_arrays(words, decode, rows, table)
     layout = plgpu.Layout.WG_STRIDED(
         (decode.codec.bits, THREADS), vec_size=decode.codec.vector
     )
@@ -291,154 +292,59 @@ def split_rows(decode: Decode, rows):
     return scale, shift, rows[:n] if decode.centered else ()
 
 
-def _fragment_jnp(words, decode, rows, table):
+def _fragment_arrays(words, decode, rows, table):
+    """`fragment` with arrays: the same instructions on 128 threads at once."""
     codec, dtype = decode.codec, jnp.dtype(decode.dtype)
-    codes = _thread_codes(_thread_words(words, codec), codec)
-    tile = _from_threads(codes[None, None]).T  # [64 columns, 64 rows]
-    if codec.kind == "table":
-        both = lax.bitcast_convert_type(table[:, 0], jnp.uint32)
-        half = jnp.take(both, tile.astype(jnp.int32), axis=0) & jnp.uint32(0xFFFF)
-        value = lax.bitcast_convert_type(half.astype(jnp.uint16), dtype)
-        value = value.astype(jnp.float32)
-    elif codec.kind == "int":
-        value = tile.astype(jnp.int32)
-        if codec.bits == 8:
-            value = jnp.where(value >= 128, value - 256, value)
-        value = value.astype(jnp.float32) - jnp.float32(decode.offset)
-    else:
-        exponent, mantissa, bias = _MINIFLOAT[codec.kind]
-        tile = tile.astype(jnp.int32)
-        e = (tile >> mantissa) & (2**exponent - 1)
-        m = (tile & (2**mantissa - 1)) | jnp.where(e > 0, 2**mantissa, 0)
-        power = jnp.maximum(e, 1) - bias - mantissa
-        value = jnp.ldexp(m.astype(jnp.float32), power)
-        value = jnp.where(tile >> (exponent + mantissa) > 0, -value, value)
-    scale, shift, center = split_rows(decode, rows)
+    machine = _Arrays(decode.dtype, table)
 
-    def spread(vectors):
-        stacked = jnp.stack([v.astype(jnp.float32) for v in vectors], -1)
-        return jnp.repeat(stacked, BLOCK // len(vectors), axis=1)
+    def spread(vector):
+        raw = lax.bitcast_convert_type(vector, jnp.uint16).astype(jnp.uint32)
+        raw = (raw | (raw << 16)).reshape(4, 2, 8, 1)
+        of_thread = lax.broadcast_in_dim(raw, (4, 2, 8, 4), (0, 1, 2, 3))
+        return [of_thread[:, r].reshape(THREADS) for r in range(2)]
 
-    if center:
-        value = value - spread(center)
-    if scale:
-        value = value * spread(scale)
-    if shift:
-        value = value + spread(shift)
-    return value.astype(dtype)
+    groups = [[spread(v) for v in group] for group in split_rows(decode, rows)]
+    words = _thread_words(words, codec)
+    pairs = _pairs(machine, [words[:, i] for i in range(codec.bits)], decode, groups)
+    value = jnp.stack(pairs, 1)[None, None]
+    halves = jnp.stack([value & 0xFFFF, value >> 16], -1).astype(jnp.uint16)
+    return lax.bitcast_convert_type(_from_threads(halves).T, dtype)
 
 
-def _constant(value):
-    i32 = ir.IntegerType.get_signless(32)
-    value &= 0xFFFFFFFF
-    value -= (value >> 31) << 32
-    return arith.constant(i32, ir.IntegerAttr.get(i32, value))
+def _pairs(machine, words, decode, groups):
+    """The 16 decoded pairs of a thread.
 
-
-def _twice(value, dtype):
-    """A float as both halves of a word."""
-    bits = int(np.asarray(value, jnp.dtype(dtype)).view(np.uint16))
-    return _constant(bits | bits << 16)
-
-
-class _Machine:
-    """Packed instructions on 32-bit words; repeated ones are emitted once."""
-
-    def __init__(self, dtype):
-        self.type = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype]
-        self.dtype = dtype
-        self.i32 = ir.IntegerType.get_signless(32)
-        self._shifted: dict[tuple[int, int], Any] = {}
-
-    def op(self, name, *args):
-        text = f"{name}.rn.{self.type} $0, {', '.join(f'${i + 1}' for i in range(len(args)))};"
-        constraints = ",".join(["=r"] + ["r"] * len(args))
-        return llvm.inline_asm(
-            self.i32, list(args), text, constraints, has_side_effects=False
-        )
-
-    def shifted(self, words, word, by):
-        """A word moved `by` bits to the right (left if negative)."""
-        if by == 0:
-            return words[word]
-        key = (word, by)
-        if key not in self._shifted:
-            shift = arith.shrui if by > 0 else arith.shli
-            self._shifted[key] = shift(words[word], _constant(abs(by)))
-        return self._shifted[key]
-
-    def gather(self, words, moves, start=None):
-        """ORs the fields `(word, source, width, target)` of both halves."""
-        masks: dict[tuple[int, int], int] = {}
-        for word, source, width, target in moves:
-            key = (word, source - target)
-            masks[key] = masks.get(key, 0) | ((2**width - 1) << target)
-        total = None if start is None else _constant(start | start << 16)
-        for (word, by), mask in masks.items():
-            field = self.shifted(words, word, by)
-            field = arith.andi(field, _constant(mask | mask << 16))
-            total = field if total is None else arith.ori(field, total)
-        return total
-
-
-def _splat(register):
-    """A 16-bit row value (vector<1>) in both halves of a word."""
-    i16 = ir.IntegerType.get_signless(16)
-    i32 = ir.IntegerType.get_signless(32)
-    half = vector.bitcast(ir.VectorType.get((1,), i16), register)
-    half = vector.extract(half, [], [0])
-    wide = arith.extui(i32, half)
-    return arith.muli(wide, _constant(0x00010001))
-
-
-def _emit(words, decode: Decode, rows, table):
-    """The registers of a decoded block."""
-    codec, i32 = decode.codec, ir.IntegerType.get_signless(32)
-    flat = [
-        vector.extract(register, [], [i])
-        for register in words.registers.flat
-        for i in range(codec.vector)
-    ]
-    machine = _Machine(decode.dtype)
-    groups = split_rows(decode, rows)
-    # Row vectors have two registers: rows g and g + 8 of the warp.
-    scale, shift, center = (
-        [[_splat(v.registers.flat[r]) for r in range(2)] for v in vectors]
-        for vectors in groups
-    )
-    base = _table_base(table) if table is not None else None
-    layout = mgpu.WGMMA_LAYOUT
-    registers = np.empty(layout.registers_shape((BLOCK, BLOCK)), dtype=object)
-    element = mgpu.utils.dtype_to_ir_type(jnp.dtype(decode.dtype))
-    pair_type = ir.VectorType.get((2,), element)
+    Args:
+      machine: what executes: `_Registers` or `_Arrays`.
+      words: the thread's words.
+      decode: what to do.
+      groups: scales, shifts and centers; of each piece two words, for registers of
+        columns `g` and `g + 8`, with a value in both halves.
+    """
+    scale, shift, center = groups
+    pairs = []
     for e in range(PAIRS):
         s, h, r = e // 4, e // 2 % 2, e % 2
         piece = (2 * s + h) * max(decode.scales, 1) // 8
-        middle = center[piece][r] if center else None
-        value = _value(machine, flat, decode, e, base, middle)
+        value = _value(machine, words, decode, e, center[piece][r] if center else None)
         if scale and shift:
             value = machine.op("fma", value, scale[piece][r], shift[piece][r])
         elif scale:
             value = machine.op("mul", value, scale[piece][r])
         elif shift:
             value = machine.op("add", value, shift[piece][r])
-        value = vector.broadcast(ir.VectorType.get((1,), i32), value)
-        index = (0, 2 * s + h, 0, 0, r, 0, 0, 0, 0)
-        registers[index] = vector.bitcast(pair_type, value)
-    return mgpu.FragmentedArray(
-        _registers=registers, _layout=layout, _is_signed=None
-    )
+        pairs.append(value)
+    return pairs
 
 
-def _value(machine, words, decode, e, base, middle):
+def _value(machine, words, decode, e, middle):
     """Both values of pair `e`, less offset and `middle`."""
     codec, dtype = decode.codec, decode.dtype
     mantissa, bias = MANTISSA[dtype], _BIAS[dtype]
     if codec.kind == "int":
-        value, rest = _integer(machine, words, decode, e, middle)
-        return value if rest is None else machine.op("sub", value, rest)
-    if codec.kind == "table":
-        value = _look_up(words[e // 4], e % 4, base)
+        value, middle = _integer(machine, words, decode, e, middle)
+    elif codec.kind == "table":
+        value = machine.look_up(words[e // 4], e % 4)
     else:
         exponent, small, small_bias = _MINIFLOAT[codec.kind]
         sign = exponent + small
@@ -450,9 +356,8 @@ def _value(machine, words, decode, e, base, middle):
             if below < width:
                 moves.append((word, source + below, 1, 15))
         value = machine.gather(words, moves)
-        power = bias - small_bias
-        if power:
-            value = machine.op("mul", value, _twice(2.0**power, dtype))
+        if bias != small_bias:
+            value = machine.raise_power(value, bias - small_bias)
     return value if middle is None else machine.op("sub", value, middle)
 
 
@@ -471,13 +376,16 @@ def _integer(machine, words, decode, e, middle):
         high = machine.gather(words, [(word, source + 7, 1, 7)], magic)
         value = machine.op("sub", low, high)
         if offset:
-            value = machine.op("sub", value, _twice(offset, dtype))
+            value = machine.op("sub", value, machine.number(offset))
         return value, middle
     if codec.bits == 8:  # signed, in float16: 1024 + (code ^ 128) - 1152
         ((word, source, _, _),) = parts
         raw = machine.gather(words, [(word, source, 8, 0)])
-        raw = arith.xori(raw, _constant((magic | 128) * 0x00010001))
-        return machine.op("sub", raw, _twice(one + 128 + offset, dtype)), middle
+        raw = machine.xor(raw, (magic | 128) * 0x00010001)
+        value = machine.op("sub", raw, machine.number(one + 128))
+        if offset:
+            value = machine.op("sub", value, machine.number(offset))
+        return value, middle
     place = 0
     if len(parts) == 1:  # a shift serves all fields that fit under the mantissa
         starts = [0]
@@ -487,21 +395,220 @@ def _integer(machine, words, decode, e, middle):
         place = parts[0].source - max(s for s in starts if s <= parts[0].source)
     moves = [(w, source, width, code + place) for w, source, width, code in parts]
     raw = machine.gather(words, moves, magic)
-    exact = abs(offset) < 2**codec.bits
-    if place == 0:
-        if middle is not None and not offset:
-            # one + middle is exact: middle is an integer below 2**bits.
-            return raw, machine.op("add", middle, _twice(one, dtype))
-        if exact:
-            return machine.op("sub", raw, _twice(one + offset, dtype)), middle
-    factor = _twice(2.0**-place, dtype)
-    start = -(one * 2.0**-place)
-    if exact and float(np.asarray(start - offset, jnp.dtype(dtype))) == start - offset:
-        return machine.op("fma", raw, factor, _twice(start - offset, dtype)), middle
-    value = machine.op("fma", raw, factor, _twice(start, dtype))
-    if offset:
-        value = machine.op("sub", value, _twice(offset, dtype))
+    if place == 0 and middle is not None and not offset:
+        # The sum is exact for integers below `one`, which 127 is in bfloat16.
+        return raw, machine.op("add", middle, machine.number(one))
+    start = one * 2.0**-place
+    whole = holds(start + offset, dtype)
+    last = start + offset if whole else start
+    if place:
+        factor = machine.number(2.0**-place)
+        value = machine.op("fma", raw, factor, machine.number(-last))
+    else:
+        value = machine.op("sub", raw, machine.number(last))
+    if offset and not whole:
+        value = machine.op("sub", value, machine.number(offset))
     return value, middle
+
+
+def holds(value: float, dtype) -> bool:
+    """Whether a dtype represents a number."""
+    return float(np.asarray(value, jnp.dtype(dtype))) == value
+
+
+class _Machine:
+    """Instructions on 32-bit words that hold two 16-bit floats; each is made once."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+        self._made: dict[Any, Any] = {}
+
+    def once(self, key, make):
+        """The value made for a key before, or now."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def number(self, value):
+        """A float in both halves."""
+        bits = int(np.asarray(value, jnp.dtype(self.dtype)).view(np.uint16))
+        return self.constant(bits | bits << 16)
+
+    def gather(self, words, moves, start=None):
+        """ORs the fields `(word, source, width, target)` of both halves."""
+        masks: dict[tuple[int, int], int] = {}
+        for word, source, width, target in moves:
+            key = (word, source - target)
+            masks[key] = masks.get(key, 0) | ((2**width - 1) << target)
+        total = None if start is None else self.constant(start | start << 16)
+        for (word, by), mask in masks.items():
+            field = self.once((word, by), lambda w=word, b=by: self.shift(words[w], b))
+            field = field & self.constant(mask | mask << 16)
+            total = field if total is None else field | total
+        return total
+
+    def xor(self, word, mask):
+        """Flips bits."""
+        return word ^ self.constant(mask)
+
+    def constant(self, value):
+        """A word."""
+        raise NotImplementedError
+
+    def shift(self, word, by):
+        """A word moved `by` bits to the right (left if negative)."""
+        raise NotImplementedError
+
+    def op(self, name, *args):
+        """A rounded "add", "sub", "mul" or "fma" of both halves."""
+        raise NotImplementedError
+
+    def raise_power(self, value, power):
+        """`value 2**power`, also of subnormals."""
+        raise NotImplementedError
+
+    def look_up(self, word, byte):
+        """The pair of table entries that a byte stands for."""
+        raise NotImplementedError
+
+
+class _Arrays(_Machine):
+    """Executes on uint32 arrays, one entry per thread."""
+
+    def __init__(self, dtype, table=None):
+        super().__init__(dtype)
+        self.table = table
+
+    def constant(self, value):
+        return jnp.full((1,), value, jnp.uint32)
+
+    def shift(self, word, by):
+        return word >> jnp.uint32(by) if by >= 0 else word << jnp.uint32(-by)
+
+    def _floats(self, word):
+        halves = jnp.stack([word & 0xFFFF, word >> 16]).astype(jnp.uint16)
+        halves = lax.bitcast_convert_type(halves, jnp.dtype(self.dtype))
+        return halves.astype(jnp.float32)
+
+    def _word(self, floats):
+        raw = lax.bitcast_convert_type(floats.astype(jnp.dtype(self.dtype)), jnp.uint16)
+        low, high = raw.astype(jnp.uint32)
+        return low | (high << 16)
+
+    def op(self, name, *args):
+        first, second, *third = (self._floats(a) for a in args)
+        if name in ("mul", "fma"):
+            value = first * second
+            return self._word(value + third[0] if third else value)
+        return self._word(first + second if name == "add" else first - second)
+
+    def raise_power(self, value, power):
+        # In integers: a CPU may take subnormals for zero.
+        m, bias = MANTISSA[self.dtype], _BIAS[self.dtype]
+        raw = jnp.stack([value & 0xFFFF, value >> 16]).astype(jnp.int32)
+        exponent = (raw >> m) & (2 ** (15 - m) - 1)
+        part = raw & (2**m - 1)
+        part = jnp.where(exponent > 0, part + 2**m, part).astype(jnp.float32)
+        size = jnp.ldexp(part, jnp.maximum(exponent, 1) - (bias + m - power))
+        return self._word(jnp.where(raw >> 15 > 0, -size, size))
+
+    def look_up(self, word, byte):
+        index = (word >> jnp.uint32(8 * byte)) & jnp.uint32(255)
+        found = jnp.take(self.table[:, 0], index.astype(jnp.int32), axis=0)
+        return lax.bitcast_convert_type(found, jnp.uint32)
+
+
+def _constant(value):
+    i32 = ir.IntegerType.get_signless(32)
+    value &= 0xFFFFFFFF
+    value -= (value >> 31) << 32
+    return arith.constant(i32, ir.IntegerAttr.get(i32, value))
+
+
+class _Word:
+    """A 32-bit value of the compiler with Python's bit operators."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __and__(self, other):
+        return _Word(arith.andi(self.value, other.value))
+
+    def __or__(self, other):
+        return _Word(arith.ori(self.value, other.value))
+
+    def __xor__(self, other):
+        return _Word(arith.xori(self.value, other.value))
+
+
+class _Registers(_Machine):
+    """Emits instructions."""
+
+    def __init__(self, dtype, table=None):
+        super().__init__(dtype)
+        self.type = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype]
+        self.base = None if table is None else _table_base(table)
+
+    def constant(self, value):
+        return self.once(("constant", value), lambda: _Word(_constant(value)))
+
+    def shift(self, word, by):
+        if by == 0:
+            return word
+        shift = arith.shrui if by > 0 else arith.shli
+        return _Word(shift(word.value, _constant(abs(by))))
+
+    def op(self, name, *args):
+        i32 = ir.IntegerType.get_signless(32)
+        places = ", ".join(f"${i}" for i in range(len(args) + 1))
+        return _Word(
+            llvm.inline_asm(
+                i32,
+                [a.value for a in args],
+                f"{name}.rn.{self.type} {places};",
+                ",".join(["=r"] + ["r"] * len(args)),
+                has_side_effects=False,
+            )
+        )
+
+    def raise_power(self, value, power):
+        return self.op("mul", value, self.number(2.0**power))
+
+    def look_up(self, word, byte):
+        return _Word(_look_up(word.value, byte, self.base))
+
+
+def _splat(register):
+    """A 16-bit row value (vector<1>) in both halves of a word."""
+    i16 = ir.IntegerType.get_signless(16)
+    i32 = ir.IntegerType.get_signless(32)
+    half = vector.bitcast(ir.VectorType.get((1,), i16), register)
+    half = arith.extui(i32, vector.extract(half, [], [0]))
+    return _Word(arith.muli(half, _constant(0x00010001)))
+
+
+def _emit(words, decode: Decode, rows, table):
+    """The registers of a decoded block."""
+    codec, i32 = decode.codec, ir.IntegerType.get_signless(32)
+    flat = [
+        _Word(vector.extract(register, [], [i]))
+        for register in words.registers.flat
+        for i in range(codec.vector)
+    ]
+    # Row vectors have two registers: columns g and g + 8 of the warp.
+    groups = [
+        [[_splat(v.registers.flat[r]) for r in range(2)] for v in group]
+        for group in split_rows(decode, rows)
+    ]
+    pairs = _pairs(_Registers(decode.dtype, table), flat, decode, groups)
+    layout = mgpu.WGMMA_LAYOUT
+    registers = np.empty(layout.registers_shape((BLOCK, BLOCK)), dtype=object)
+    element = mgpu.utils.dtype_to_ir_type(jnp.dtype(decode.dtype))
+    for e, pair in enumerate(pairs):
+        value = vector.broadcast(ir.VectorType.get((1,), i32), pair.value)
+        value = vector.bitcast(ir.VectorType.get((2,), element), value)
+        registers[0, e // 2, 0, 0, e % 2, 0, 0, 0, 0] = value
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
 # --- Tables --------------------------------------------------------------------------
