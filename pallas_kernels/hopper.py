@@ -240,7 +240,12 @@ class Decode:
 def load_words(ref, codec: Codec):
     """The words of a block, `ref [bits, 128]` int32 in shared memory, in registers."""
     layout = plgpu.Layout.WG_STRIDED((codec.bits, THREADS), vec_size=codec.vector)
-    return plgpu.load(ref, (), layout=layout)
+    return versions.load(ref, layout)
+
+
+def load_row(ref):
+    """A vector `[64]`, one entry per column of a block, in registers (layout `ROWS`)."""
+    return versions.load(ref, ROWS, optimized=False)
 
 
 def fragment(words, decode: Decode, rows=(), table=None, *, interpret=False):

@@ -14,3 +14,11 @@ def transpose_ref(ref: Any) -> Any:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     return plgpu.transpose_ref(ref, (1, 0))
+
+
+def load(ref: Any, layout: Any, *, optimized: bool = True) -> Any:
+    """GPU: a reference in registers (`plgpu.load` took an index before 0.12)."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    index = () if JAX >= (0, 12) else ((),)
+    return plgpu.load(ref, *index, layout=layout, optimized=optimized)

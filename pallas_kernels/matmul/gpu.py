@@ -583,8 +583,7 @@ def _multiply(plan, interpret, warpgroup, scratch, slot, chunk, sums):
 
 def _row(plan, ref, index):
     """A row vector of scales or zero-points in float32, one per column."""
-    row = plgpu.load(ref, index, layout=hopper.ROWS, optimized=False)
-    return _to_float(plan.scale_dtype, row)
+    return _to_float(plan.scale_dtype, hopper.load_row(ref.at[index]))
 
 
 def _to_float(dtype, row):
@@ -621,7 +620,7 @@ def _rows(plan, slot, chunk, warpgroup, scratch):
         scales.append(scale.astype(dtype))
         if not plan.zero:
             continue
-        zero = plgpu.load(scratch["zero_smem"], index, layout=hopper.ROWS, optimized=False)
+        zero = hopper.load_row(scratch["zero_smem"].at[index])
         zero = _number(zero)
         if plan.decode.centered:
             near = _nearest(zero)
@@ -656,7 +655,7 @@ def _scaled(plan, sums, slot, piece, warpgroup, scratch):
     index = (slot, row, pl.ds(warpgroup * 64, 64))
     value = sums[0]
     if plan.zero:
-        zero = plgpu.load(scratch["zero_smem"], index, layout=hopper.ROWS, optimized=False)
+        zero = hopper.load_row(scratch["zero_smem"].at[index])
         value = value - sums[1] * _across(_number(zero), plan.config.tokens)
     scale = _row(plan, scratch["scale_smem"], index)
     return value * _across(scale, plan.config.tokens)
@@ -668,7 +667,7 @@ def _scaled_total(plan, sums, inputs, column):
     index = (0, pl.ds(column, 64))
     value = sums[0]
     if zero is not None:
-        row = plgpu.load(zero, index, layout=hopper.ROWS, optimized=False)
+        row = hopper.load_row(zero.at[index])
         value = value - sums[1] * _across(_number(row), plan.config.tokens)
     return (value * _across(_row(plan, scale, index), plan.config.tokens),)
 
@@ -676,7 +675,7 @@ def _scaled_total(plan, sums, inputs, column):
 def _write(plan, warpgroup, total, bias, out, column, m_tile, scratch):
     """A whole tile through shared memory, 64 tokens at a time."""
     if bias is not None:
-        row = plgpu.load(bias, (pl.ds(column, 64),), layout=hopper.ROWS, optimized=False)
+        row = hopper.load_row(bias.at[pl.ds(column, 64)])
         total = total + _across(row, plan.config.tokens)
     total = total.astype(jnp.dtype(plan.out_dtype))
     for part in range(plan.config.tokens // 64):
