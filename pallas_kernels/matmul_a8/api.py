@@ -1,0 +1,184 @@
+"""Products with 8-bit activations: arguments are checked here, once, for every backend.
+
+Backends are imported when they are asked for. Nothing is chosen here: `qjax.ops`
+decides which backend runs, and a backend that cannot do what is asked raises instead of
+falling back.
+"""
+
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..weights import KernelError, Weight, WeightSpec, check
+from . import reference, specs
+
+BACKENDS = ("tpu", "gpu", "cpu", "reference")
+FLOATS = ("float32", "bfloat16", "float16")
+_NAME = "matmul_a8"
+
+
+def quantize_activations(
+    x: jax.Array,
+    dtype: str = "int8",
+    scale: Any = None,
+    *,
+    backend: str = "reference",
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Rounds rows of `x` to 8 bits: `codes = clip(round(x / scale))`.
+
+    One read of `x` and one write of the codes: on every backend XLA makes it one fused
+    operation, or two where it reads a row twice; "gpu" runs a kernel that reads it
+    once.
+
+    Args:
+      x: `[m, k]` float32, bfloat16 or float16.
+      dtype: "int8" or "float8_e4m3fn".
+      scale: static scale, a scalar, `[m]` or `[m, 1]`; None computes one per row.
+      backend: "gpu" for its kernel, any other for plain jnp.
+      interpret: run the kernel's interpreter.
+
+    Returns:
+      Codes `[m, k]` and float32 scales `[m, 1]`.
+
+    Raises:
+      KernelError: an argument does not fit; the message names it.
+    """
+    _one_of("backend", backend, BACKENDS)
+    _one_of("dtype", str(dtype), specs.ACTIVATIONS)
+    _check_x(x, FLOATS)
+    if backend == "gpu" and scale is None and x.size:
+        gpu = importlib.import_module(f"{__package__}.gpu")
+        return gpu.quantize_activations(x, str(dtype), interpret=interpret)
+    return reference.quantize_activations(x, str(dtype), scale)
+
+
+def matmul_a8(
+    x: jax.Array,
+    weight: Weight,
+    spec: WeightSpec,
+    *,
+    activation: str = "int8",
+    x_scale: Any = None,
+    bias: Any = None,
+    layer: Any = None,
+    out_dtype: Any = None,
+    out_scale: Any = None,
+    backend: str = "tpu",
+    config: Any = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """`x W + bias` with `x` rounded to 8 bits and a packed `W`.
+
+        y[i, j] = s_x[i] sum_g scale[g, j] sum_{l in g} x_q[i, l] v[l, j] + bias[j]
+
+    Sums of int8 products are exact within a group; see `reference.bound`.
+
+    Args:
+      x: `[m, k]` float, rounded here, or int8 or float8_e4m3fn codes with `x_scale`.
+      weight: the packed arrays, in `spec.layout`.
+      spec: what they mean.
+      activation: "int8" or "float8_e4m3fn"; ignored for codes.
+      x_scale: scale of the codes, or a static scale for floats: a scalar, `[m]` or
+        `[m, 1]`. None: one per row, absmax / 127 or / 448.
+      bias: `[n]` or None.
+      layer: int32 scalar, which layer of stacked arrays; only that one is read.
+      out_dtype: float32, bfloat16 or float16 (default that of `x`, float32 for codes);
+        with `out_scale` "int8" or "float8_e4m3fn".
+      out_scale: scalar; the result is `clip(round(y / out_scale))`.
+      backend: "tpu", "gpu", "cpu" or "reference".
+      config: the backend's tiles; default its table.
+      interpret: run the kernel's interpreter: True or the backend's parameters.
+
+    Returns:
+      `[m, n]`.
+
+    Raises:
+      KernelError: an argument does not fit, or the backend cannot do this; the message
+        names the argument or gives the reason.
+    """
+    _one_of("backend", backend, BACKENDS)
+    _check(x, weight, spec, activation, x_scale, bias, layer, out_dtype, out_scale)
+    activation = specs.activation_of(x.dtype) or activation
+    float_in = specs.activation_of(x.dtype) is None
+    out = jnp.dtype(out_dtype or (x.dtype if float_in else jnp.float32))
+    options = {
+        "activation": activation,
+        "x_scale": x_scale,
+        "bias": bias,
+        "layer": layer,
+        "out_dtype": out,
+        "out_scale": out_scale,
+    }
+    if backend == "reference" or 0 in (x.shape[0], spec.k, spec.n):
+        return reference.matmul_a8(x, weight, spec, **options)
+    module = importlib.import_module(f"{__package__}.{backend}")
+    chip = getattr(config, "chip", None)
+    known = {"chip": chip} if backend == "tpu" and chip else {}
+    reason = module.obstacle(spec, x.shape[0], x.dtype, activation=activation, **known)
+    if reason is not None:
+        raise KernelError(
+            f"{_NAME}: backend {backend!r} cannot multiply {activation} "
+            f"{list(x.shape)} by {spec}: {reason}"
+        )
+    return module.matmul(x, weight, spec, config=config, interpret=interpret, **options)
+
+
+def _refuse(argument, got, expected):
+    raise KernelError(f"{_NAME}: {argument} {got}, expected {expected}")
+
+
+def _one_of(argument, got, allowed):
+    if got not in allowed:
+        _refuse(f"{argument} is", repr(got), f"one of {allowed}")
+
+
+def _check_x(x, allowed):
+    if getattr(x, "ndim", None) != 2:
+        _refuse("x has shape", list(getattr(x, "shape", ())), "two axes")
+    if jnp.dtype(x.dtype).name not in allowed:
+        _refuse("x has dtype", x.dtype, f"one of {allowed}")
+
+
+def _check(x, weight, spec, activation, x_scale, bias, layer, out_dtype, out_scale):
+    """Every argument against `spec`; backends see only what fits together."""
+    _check_x(x, (*FLOATS, *specs.ACTIVATIONS))
+    _one_of("activation", activation, specs.ACTIVATIONS)
+    if spec.group < 1:
+        _refuse("spec.group is", spec.group, "at least 1 (k for one scale per column)")
+    if x.shape[1] != spec.k:
+        _refuse("x has shape", list(x.shape), f"[m, {spec.k}], its columns rows of W")
+    if spec.layout == "canonical":
+        check(weight, spec, x.shape, name=_NAME)
+    stacked = weight.codes.ndim == 3
+    if spec.layout == "canonical" and stacked and layer is None:
+        _refuse("layer is", None, "an int32 scalar, because codes have a layer axis")
+    if layer is not None:
+        if spec.layout == "canonical" and not stacked:
+            _refuse("layer is", "given", "None, because codes have no layer axis")
+        if jnp.ndim(layer) or not jnp.issubdtype(jnp.result_type(layer), jnp.integer):
+            _refuse("layer is", repr(layer), "an int32 scalar")
+    _check_scales(x, x_scale, out_dtype, out_scale)
+    if bias is not None and tuple(bias.shape) != (spec.n,):
+        _refuse("bias has shape", list(bias.shape), [spec.n])
+    if bias is not None and not jnp.issubdtype(bias.dtype, jnp.floating):
+        _refuse("bias has dtype", bias.dtype, "a float")
+
+
+def _check_scales(x, x_scale, out_dtype, out_scale):
+    """Scales of the activations and of the result."""
+    if specs.activation_of(x.dtype) and x_scale is None:
+        _refuse("x_scale is", None, f"the scale of the {x.dtype} codes")
+    if x_scale is not None and jnp.size(x_scale) not in (1, x.shape[0]):
+        _refuse("x_scale has shape", list(jnp.shape(x_scale)), [x.shape[0], 1])
+    name = None if out_dtype is None else jnp.dtype(out_dtype).name
+    if out_scale is None:
+        if name is not None and name not in FLOATS:
+            _refuse("out_dtype is", repr(name), f"one of {FLOATS} without out_scale")
+        return
+    if name not in specs.ACTIVATIONS:
+        _refuse("out_dtype is", repr(name), f"one of {specs.ACTIVATIONS}: out_scale")
+    if jnp.size(out_scale) != 1:
+        _refuse("out_scale has shape", list(jnp.shape(out_scale)), "a scalar")

@@ -1,0 +1,183 @@
+"""Tiles of products with 8-bit activations, and what each chip can multiply.
+
+TPU tiles hold all of `k`: a row of activations is rounded once, when its tile is first
+visited, and stays in VMEM for all columns. `default` was chosen by the compiler's own
+schedules, with no TPU at hand:
+
+    python benchmarks/tpu_aot.py --match matmul_a8
+
+GPU tiles likewise by registers and spills:
+
+    python benchmarks/gpu_aot.py --match matmul_a8
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..weights import WeightSpec
+
+ACTIVATIONS = ("int8", "float8_e4m3fn")
+LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a TPU generation has.
+
+    Attributes:
+      vmem: bytes of VMEM of a core that a kernel may take.
+      cores: cores that share one program (megacore).
+      multiplies: activation types of its matrix unit.
+    """
+
+    vmem: int
+    cores: int
+    multiplies: tuple[str, ...]
+
+
+CHIPS = {
+    "v5e": Chip(100 << 20, 1, ("int8",)),
+    "v5p": Chip(52 << 20, 2, ("int8",)),
+    "v6e": Chip(100 << 20, 1, ("int8",)),
+    "7x": Chip(52 << 20, 1, ("float8_e4m3fn",)),
+}
+_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "7x",
+    "TPU v7x": "7x",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tiles of the TPU kernel.
+
+    Attributes:
+      rows: rows of `x` per tile.
+      columns: columns of the result per step.
+      strip: columns whose sums are held at a time.
+      chip: name of the chip, a key of `CHIPS`.
+      unroll: write out the loop over groups; otherwise it is a loop, which keeps the
+        program of large tiles small.
+    """
+
+    rows: int
+    columns: int
+    strip: int
+    chip: str
+    unroll: bool
+
+
+def chip(device: Any = None) -> str | None:
+    """Name of the TPU generation of a device (default: the first), None if unknown."""
+    device = jax.devices()[0] if device is None else device
+    return _KINDS.get(device.device_kind)
+
+
+def default(
+    spec: WeightSpec, m: int, activation: str, chip_name: str | None = None
+) -> Config:
+    """Tiles for a product.
+
+    Few rows: one tile of rows, and columns so that a step brings about 2 MiB of codes
+    (4 MiB on 7x, whose steps are shorter). Many rows: tiles of 256 or 512 rows that fit
+    VMEM beside the weight's block.
+
+    Args:
+      spec: the weight.
+      m: rows of the activations.
+      activation: their 8-bit type.
+      chip_name: key of `CHIPS`; default that of the first device, else by activation.
+
+    Returns:
+      The tiles.
+    """
+    fallback = "v6e" if activation == "int8" else "7x"
+    name = chip_name or chip() or fallback
+    few = m <= 64
+    block = (4 << 20) if name == "7x" else (2 << 20)
+    columns = block // max(spec.packed_k, 1) // LANES * LANES
+    columns = min(max(columns, 2 * LANES), 2048 if few else 1024, ceil(spec.n, LANES))
+    rows = ceil(m, 16) if few else min(512, ceil(m, 32))
+    while rows > 64 and _bytes(spec, rows, columns) > CHIPS[name].vmem * 3 // 4:
+        rows = ceil(rows // 2, 32)
+    strip = min(columns, 512 if few else 256)
+    columns = columns // strip * strip
+    return Config(rows, columns, strip, name, few and spec.groups <= 64)
+
+
+def ceil(size: int, unit: int) -> int:
+    """`size` rounded up to a multiple of `unit`, at least `unit`."""
+    return max(-(-size // unit), 1) * unit
+
+
+def _bytes(spec, rows, columns):
+    """VMEM of one step: buffers twice, codes of x, sums, and the decoded block."""
+    x = rows * spec.k * (2 * 4 + parts(spec))
+    weight = 2 * columns * (spec.packed_k + 8 * spec.groups) + columns * spec.k
+    return x + weight + rows * columns * 16
+
+
+def parts(spec: WeightSpec) -> int:
+    """Groups that share one product of 128 rows: each has its own copy of `x`."""
+    return max(LANES // spec.group, 1) if spec.group < spec.k else 1
+
+
+def tpu_obstacle(
+    spec: WeightSpec, activation: str, chip_name: str | None
+) -> str | None:
+    """Why the TPU kernel cannot compute a product, or None when it can.
+
+    Args:
+      spec: the weight.
+      activation: 8-bit type of the activations.
+      chip_name: key of `CHIPS`, or None where no chip is known (interpreter).
+
+    Returns:
+      The reason, in words, or None.
+    """
+    if spec.layout != "canonical":
+        return f"it reads the canonical layout, not {spec.layout!r}"
+    if chip_name and activation not in CHIPS[chip_name].multiplies:
+        able = CHIPS[chip_name].multiplies[0]
+        return f"{chip_name} has no {activation} matrix unit; use {able} activations"
+    reason = pair_obstacle(spec, activation)
+    if reason is not None:
+        return reason
+    if spec.kind == "int" and spec.bits not in (2, 4, 8):
+        return f"{spec.bits}-bit codes are not decoded in the kernel"
+    if spec.k % LANES:
+        return f"k={spec.k} is not a multiple of {LANES}"
+    if spec.group < spec.k and spec.group % LANES and spec.group not in (16, 32, 64):
+        return f"groups of {spec.group} are not 16, 32, 64 or a multiple of {LANES}"
+    if _bytes(spec, 16, 2 * LANES) > CHIPS[chip_name or "7x"].vmem:
+        return f"k={spec.k} rows do not fit VMEM"
+    return None
+
+
+def pair_obstacle(spec: WeightSpec, activation: str) -> str | None:
+    """Why no 8-bit unit multiplies these codes exactly, or None."""
+    if activation not in ACTIVATIONS:
+        return f"activation {activation!r} is not one of {ACTIVATIONS}"
+    if activation == "int8" and spec.kind != "int":
+        return f"int8 activations do not multiply {spec.kind} codes"
+    if activation == "float8_e4m3fn":
+        if spec.kind not in ("int", "e4m3"):
+            return f"{spec.kind} codes are not decoded to float8_e4m3fn"
+        if spec.kind == "int" and spec.bits > 4:
+            return f"{spec.bits}-bit integers are not exact in float8_e4m3fn"
+    return None
+
+
+def activation_of(x_dtype: Any) -> str | None:
+    """The 8-bit type of coded activations, None for floats."""
+    name = jnp.dtype(x_dtype).name
+    return name if name in ACTIVATIONS else None
