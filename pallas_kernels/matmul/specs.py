@@ -1,0 +1,210 @@
+"""Tiles of the TPU kernels, and what those kernels refuse.
+
+The table was filled by compiling for each generation and reading the schedules:
+
+    python benchmarks/tpu_aot.py --match tune
+
+There is no timing in it: no TPU was at hand. Wide blocks win because prologue and
+pipeline cost 100 to 200 bundles per grid step; the blocks span all of `k`, so that
+no accumulator is carried and `k` is never ragged at a block's edge.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ..weights import FIELDS, KernelError, WeightSpec
+from . import decode, layout
+
+CHIPS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "7x",
+    "TPU v7x": "7x",
+}
+"""`device_kind` to generation."""
+
+PARTS = {"bfloat16": 1, "float16": 2, "float32": 3}
+"""Terms of 8 bits that add up to a number of each dtype."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What is known about a generation.
+
+    Attributes:
+      depth: rows of a product that fill the matrix unit.
+      decode: rows of `x` up to which the weight is decoded for one pass over it.
+      columns: widest block of columns, in either regime.
+      codes: most codes of a block in the decode regime (its schedule is unrolled).
+      rows: rows of `x` per step when the weight is decoded once for many.
+      vmem: bytes of VMEM to use.
+    """
+
+    depth: int
+    decode: int
+    columns: tuple[int, int]
+    codes: int
+    rows: int
+    vmem: int
+
+
+MIB = 1 << 20
+TUNED = {
+    "v5e": Tuned(128, 64, (1024, 1024), 4 * MIB, 256, 100 * MIB),
+    "v5p": Tuned(128, 64, (1024, 512), 4 * MIB, 256, 52 * MIB),
+    "v6e": Tuned(256, 128, (1024, 1024), 4 * MIB, 256, 100 * MIB),
+    "7x": Tuned(256, 128, (2048, 512), 8 * MIB, 256, 52 * MIB),
+}
+"""Filled by the command in the module's docstring."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tiles of one product.
+
+    Attributes:
+      chip: generation, which decides how codes are decoded.
+      prefill: whether the weight is decoded once for many rows of `x`, with scales
+        applied before the product; else scales are applied after it.
+      rows: rows of `x` per block, a multiple of 16.
+      columns: columns of the weight per block, a multiple of 128.
+      vmem: bytes of VMEM to ask for.
+    """
+
+    chip: str
+    prefill: bool
+    rows: int
+    columns: int
+    vmem: int
+
+
+def chip(kind: str | None = None) -> str:
+    """Generation of a device.
+
+    Args:
+      kind: its `device_kind`; default that of the first device, or, where that is no
+        TPU (programs are also made elsewhere), the oldest generation.
+
+    Returns:
+      A key of `TUNED`.
+
+    Raises:
+      KernelError: a TPU that the kernels do not know.
+    """
+    if kind is None:
+        device = jax.devices()[0]
+        if device.platform != "tpu":
+            return "v5e"
+        kind = device.device_kind
+    if kind not in CHIPS:
+        raise KernelError(f"TPU kernels know {sorted(set(CHIPS))}, not {kind!r}")
+    return CHIPS[kind]
+
+
+def obstacle(
+    spec: WeightSpec, m: int, x_dtype, *, transpose: bool = False, chip: str = "v5e"
+) -> str | None:
+    """Why the TPU kernels cannot do a product, or None.
+
+    Args:
+      spec: the weight.
+      m: rows of `x`.
+      x_dtype: dtype of `x`.
+      transpose: whether the weight is transposed.
+      chip: generation; the default has the least memory to spare.
+
+    Returns:
+      The reason.
+    """
+    bits, kind = spec.bits, spec.kind
+    if jnp.dtype(x_dtype).name not in PARTS:
+        return f"activations are {jnp.dtype(x_dtype).name}"
+    if kind == "table" and bits > 4:
+        return f"a table of {2**bits} entries does not fit a register; at most 16 do"
+    if (kind == "e2m1" and bits != 4) or (kind in decode.FLOAT8 and bits != 8):
+        return f"{kind} codes are stored in {bits} bits"
+    planes = len(FIELDS.get(bits, ())) > 1
+    if spec.layout not in ("canonical", layout.TAG):
+        return f"the layout is {spec.layout!r}"
+    if planes != (spec.layout == layout.TAG):
+        return f"{bits}-bit codes are read in another layout; layout.prepack makes it"
+    dec = decode.decoder(spec, chip, natural=transpose, mixed=False)
+    if decode.region(spec, dec, 1) > 2048:
+        return f"groups of {spec.group} rows do not align with {bits}-bit registers"
+    try:
+        config(spec, m, x_dtype, transpose=transpose, chip=chip)
+    except KernelError as error:
+        return str(error)
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def config(
+    spec: WeightSpec, m: int, x_dtype, *, transpose: bool = False, chip: str
+) -> Config:
+    """Tiles for a product: the tuned ones, made smaller until they fit.
+
+    Args:
+      spec: the weight.
+      m: rows of `x`.
+      x_dtype: dtype of `x`.
+      transpose: whether the weight is transposed.
+      chip: generation.
+
+    Returns:
+      The tiles.
+
+    Raises:
+      KernelError: not even the smallest blocks fit in VMEM.
+    """
+    tuned = TUNED[chip]
+    prefill = m > tuned.decode
+    columns = min(tuned.columns[prefill], -(-spec.n // 128) * 128)
+    rows = min(tuned.rows * (2 if transpose else 1), -(-m // 16) * 16)
+    while True:
+        found = Config(chip, prefill, rows, columns, tuned.vmem)
+        wide = prefill or spec.k * columns <= tuned.codes
+        if wide and vmem_bytes(spec, found, x_dtype, transpose) <= 0.9 * tuned.vmem:
+            return _even(found, spec)
+        if columns > 256 or (rows == 16 and columns > 128):
+            columns = (columns // 2 + 127) // 128 * 128
+        elif prefill and rows > 16:
+            rows = max(16, rows // 32 * 16)
+        elif not wide and columns == 128 and tuned.codes < spec.k * columns:
+            tuned = dataclasses.replace(tuned, codes=spec.k * columns)
+        elif columns > 128:
+            columns = 128
+        else:
+            raise KernelError(f"{spec.k} rows do not fit in VMEM ({tuned.vmem} bytes)")
+
+
+def _even(found, spec):
+    """The same number of column blocks, but of like width where 128 divides."""
+    steps = -(-spec.n // found.columns)
+    columns = -(-spec.n // (steps * 128)) * 128
+    return dataclasses.replace(found, columns=columns)
+
+
+def vmem_bytes(spec: WeightSpec, tiles: Config, x_dtype, transpose: bool) -> int:
+    """Estimate of the VMEM of a product: double-buffered blocks and scratch."""
+    parts = PARTS[jnp.dtype(x_dtype).name]
+    k = -(-spec.k // 512) * 512
+    rows, columns = tiles.rows, tiles.columns
+    codes = k * spec.bits // 8 * columns
+    groups = -(-spec.groups // 32) * 32
+    scales = 3 * groups * columns * 4  # two buffers and a float32 copy, and zeros
+    if transpose:
+        x, y = rows * columns * 4, rows * k * (4 + 2 * 4)
+        return 2 * (codes + x + scales) + y + 512 * columns * 8
+    small = spec.groups > 1 and spec.group < 256
+    copies = parts * (256 // spec.group + 1 if small and not tiles.prefill else 1)
+    x, y = rows * copies * k * 2, rows * columns * 4
+    panel = k * columns * 2 if tiles.prefill else 0
+    return 2 * (codes + x + y + scales) + panel + 512 * columns * 8
