@@ -528,6 +528,7 @@ def _tile_sum(plan, interpret, warpgroup, start, stop, first, scratch):
     def step(i, total):
         slot = enter(i)
         for piece in range(config.rows // 64 // per_group):
+            rows = _group_rows(plan, slot, piece, warpgroup, scratch)
 
             def run(*sums, piece=piece):
                 for chunk in range(per_group):
@@ -535,7 +536,7 @@ def _tile_sum(plan, interpret, warpgroup, start, stop, first, scratch):
                 return tuple(s[...] for s in sums)
 
             sums = pl.run_scoped(run, *([accumulator] * (1 + ones)))
-            total = total + _scaled(plan, sums, slot, piece, warpgroup, scratch)
+            total = total + _scaled(plan, sums, *rows)
         plgpu.barrier_arrive(scratch["free"].at[slot])
         return total
 
@@ -649,27 +650,31 @@ def _across(row, tokens):
     return lax.broadcast_in_dim(row, (64, tokens), (0,))
 
 
-def _scaled(plan, sums, slot, piece, warpgroup, scratch):
-    """Sum of a group times its scale, less its zero-point."""
+def _group_rows(plan, slot, piece, warpgroup, scratch):
+    """Scale of a group, and its zero-point or None, one per column."""
     row = piece if plan.pieces > 1 else 0
     index = (slot, row, pl.ds(warpgroup * 64, 64))
-    value = sums[0]
+    zero = None
     if plan.zero:
-        zero = hopper.load_row(scratch["zero_smem"].at[index])
-        value = value - sums[1] * _across(_number(zero), plan.config.tokens)
-    scale = _row(plan, scratch["scale_smem"], index)
-    return value * _across(scale, plan.config.tokens)
+        zero = _number(hopper.load_row(scratch["zero_smem"].at[index]))
+    return _row(plan, scratch["scale_smem"], index), zero
+
+
+def _scaled(plan, sums, scale, zero):
+    """A sum less the zero-point times the sum of `x`, times the scale."""
+    value, tokens = sums[0], plan.config.tokens
+    if zero is not None:
+        value = value - sums[1] * _across(zero, tokens)
+    return value * _across(scale, tokens)
 
 
 def _scaled_total(plan, sums, inputs, column):
-    """The total times the only scale of each column, less its zero-point."""
+    """The total times the only scale of each column."""
     _, _, scale, zero = inputs
     index = (0, pl.ds(column, 64))
-    value = sums[0]
     if zero is not None:
-        row = hopper.load_row(zero.at[index])
-        value = value - sums[1] * _across(_number(row), plan.config.tokens)
-    return (value * _across(_row(plan, scale, index), plan.config.tokens),)
+        zero = _number(hopper.load_row(zero.at[index]))
+    return (_scaled(plan, sums, _row(plan, scale, index), zero),)
 
 
 def _write(plan, warpgroup, total, bias, out, column, m_tile, scratch):
