@@ -85,20 +85,21 @@ class Config:
 
     Attributes:
       block: Slots per step.
+      heads: Key heads per step (TPU).
       splits: Parts the slots are shared out to (GPU); 1 on TPU.
       stages: Blocks in flight (GPU).
     """
 
-    block: int = 512
+    block: int = 1024
+    heads: int = 4
     splits: int = 1
     stages: int = 2
 
 
 TABLE: dict[tuple[str, str], Config] = {
-    ("TPU v5 lite", "int8"): Config(block=1024),
-    ("TPU v5", "int8"): Config(block=1024),
-    ("TPU v6 lite", "int8"): Config(block=1024),
-    ("TPU7x", "int8"): Config(block=1024),
+    (device, kind): Config(block=2048, heads=4)
+    for device in ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x")
+    for kind in KINDS
 }
 """Tuned tiles by device kind and code kind; `config` falls back to `Config()`."""
 
@@ -170,4 +171,8 @@ def config(device: str | None, problem: Problem) -> Config:
       device: `jax.Device.device_kind`, or None.
       problem: The call.
     """
-    return TABLE.get((device or "", problem.kind), Config())
+    tiles = TABLE.get((device or "", problem.kind), Config())
+    # Caches are rarely full: a block is at most a quarter of one.
+    return dataclasses.replace(
+        tiles, block=min(tiles.block, max(512, problem.length // 4))
+    )

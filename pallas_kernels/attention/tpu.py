@@ -1,8 +1,9 @@
 """Decode attention on TPU: one pass over the codes of a layer, an online softmax.
 
-The grid is (batch, key head, blocks of slots). A step copies `[block, row]` codes, key
-and value together, with the scales of its slots; all queries that share the key head
-are rows of one product. Codes become bfloat16, which holds them exactly; scales stay
+The grid is (batch, groups of key heads, blocks of slots). A step copies `[heads, block,
+row]` codes, key and value together, with the scales of its slots; all queries that share
+a key head are rows of one product, and the heads of a step, which do not depend on each
+other, fill each other's waits. Codes become bfloat16, which holds them exactly; scales stay
 outside the products: key scales multiply scores, value scales multiply weights.
 
 Blocks before the first and past the last slot that a row sees are neither copied nor
@@ -47,6 +48,7 @@ def attention(
     problem = specs.Problem.of(q, cache)
     tiles = config or specs.config(specs.default_device(), problem)
     block = specs.divisor(problem.length, tiles.block, LANES)
+    heads = specs.divisor(problem.kv_heads, tiles.heads, 1)
     batch, kv_heads, width = problem.batch, problem.kv_heads, problem.head_dim
     whole = width % LANES != 0
     inner = problem.row if whole else width
@@ -72,7 +74,7 @@ def attention(
         (last + block - 1) // block,
     )
     y = _call(
-        problem, block, rows, inner, whole, softcap, compute, interpret
+        problem, block, heads, rows, inner, whole, softcap, compute, interpret
     )(
         *prefetch,
         jnp.asarray(scale, jnp.float32).reshape(1, 1),
@@ -87,8 +89,8 @@ def attention(
     return y.reshape(q.shape).astype(q.dtype)
 
 
-def _call(problem, block, rows, inner, whole, softcap, compute, interpret):
-    """The `pallas_call` over (batch, key heads, blocks)."""
+def _call(problem, block, heads, rows, inner, whole, softcap, compute, interpret):
+    """The `pallas_call` over (batch, groups of key heads, blocks)."""
     p = problem
     count = p.length // block
 
@@ -101,10 +103,10 @@ def _call(problem, block, rows, inner, whole, softcap, compute, interpret):
     def per_head(b, h, j, layer, first, last):
         return b, h, 0, 0
 
-    head = pl.BlockSpec((None, None, rows, inner), per_head)
+    head = pl.BlockSpec((None, heads, rows, inner), per_head)
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=3,
-        grid=(p.batch, p.kv_heads, count),
+        grid=(p.batch, p.kv_heads // heads, count),
         in_specs=[
             pl.BlockSpec(memory_space=pltpu.SMEM),
             head,
@@ -113,19 +115,19 @@ def _call(problem, block, rows, inner, whole, softcap, compute, interpret):
                 (None, 1, block), lambda b, h, j, n, f, e: (b, 0, at(b, j, f, e))
             ),
             pl.BlockSpec(
-                (None, None, None, block, p.row),
+                (None, None, heads, block, p.row),
                 lambda b, h, j, n, f, e: (n[0], b, h, at(b, j, f, e), 0),
             ),
             pl.BlockSpec(
-                (None, None, None, 2, block),
+                (None, None, heads, 2, block),
                 lambda b, h, j, n, f, e: (n[0], b, h, 0, at(b, j, f, e)),
             ),
         ],
         out_specs=head,
         scratch_shapes=[
-            pltpu.VMEM((rows, LANES), jnp.float32),
-            pltpu.VMEM((rows, LANES), jnp.float32),
-            pltpu.VMEM((rows, inner), jnp.float32),
+            pltpu.VMEM((heads, rows, LANES), jnp.float32),
+            pltpu.VMEM((heads, rows, LANES), jnp.float32),
+            pltpu.VMEM((heads, rows, inner), jnp.float32),
         ],
     )
     return pl.pallas_call(
@@ -148,12 +150,15 @@ def _call(problem, block, rows, inner, whole, softcap, compute, interpret):
 
 
 def _decode(codes, kind, whole, dtype):
-    """Key codes and value codes as floats; the same array where rows stay whole."""
+    """Key codes and value codes as floats; the same array where rows stay whole.
+
+    4-bit codes come 8 too large; `_absorb` takes that off the products.
+    """
     if kind == "int4":
-        wide = codes.astype(jnp.int32)
-        low = (wide & 15) - 8
-        high = (wide >> 4) - 8
-        return low.astype(dtype), high.astype(dtype)
+        words = pltpu.bitcast(codes, jnp.int32)  # four bytes to a lane: four at once
+        high = lax.shift_right_logical(words, jnp.full_like(words, 4))
+        nibbles = [pltpu.bitcast(w & 0x0F0F0F0F, jnp.int8) for w in (words, high)]
+        return tuple(x.astype(dtype) for x in nibbles)
     both = codes.astype(dtype)
     if whole:
         return both, both
@@ -165,10 +170,9 @@ def _kernel(
     layer, first, last, scale, q, bounds, keys, codes, scales, out, top, total, mixed,
     *, count, kind, whole, softcap,
 ):  # fmt: skip
-    """One block of slots for the queries of one key head."""
+    """One block of slots for the queries of a group of key heads."""
     del layer
     row, step = pl.program_id(0), pl.program_id(2)
-    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
     @pl.when(step == 0)
     def _():
@@ -178,39 +182,51 @@ def _kernel(
 
     @pl.when(first[row] + step < last[row])
     def _():
-        key, value = _decode(codes[...], kind, whole, q.dtype)
-        score = lax.dot_general(
-            q[...],
-            key,
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-            precision=precision,
-        )
-        score = score * (scales[0:1, :].astype(jnp.float32) * scale[0, 0])
-        if softcap is not None:
-            score = jnp.tanh(score * (1.0 / softcap)) * softcap
         place = keys[...]
         seen = (place <= bounds[:, 0:1]) & (place >= bounds[:, 1:2])
-        score = jnp.where(seen, score, MASKED)
-        old = top[:, 0:1]
-        new = jnp.maximum(old, jnp.max(score, axis=1, keepdims=True))
-        weight = jnp.where(seen, jnp.exp(score - new), 0.0)
-        fade = jnp.exp(old - new)
-        summed = total[:, 0:1] * fade + jnp.sum(weight, axis=1, keepdims=True)
-        top[...] = jnp.broadcast_to(new, top.shape)
-        total[...] = jnp.broadcast_to(summed, total.shape)
-        weight = weight * scales[1:2, :].astype(jnp.float32)
-        more = lax.dot_general(
-            weight.astype(q.dtype),
-            value,
-            (((1,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
-            precision=precision,
-        )
-        mixed[...] = mixed[...] * fade + more
+        for head in range(q.shape[0]):
+            one = [x.at[head] for x in (q, codes, scales, top, total, mixed)]
+            _absorb(seen, scale[0, 0], *one, kind=kind, whole=whole, softcap=softcap)
 
     @pl.when(step == count - 1)
     def _():
-        summed = total[:, 0:1]
+        summed = total[:, :, 0:1]
         share = jnp.where(summed == 0.0, 1.0, summed)
         out[...] = (mixed[...] / share).astype(out.dtype)
+
+
+def _absorb(seen, scale, q, codes, scales, top, total, mixed, *, kind, whole, softcap):
+    """Online softmax of one head over one block."""
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    key, value = _decode(codes[...], kind, whole, q.dtype)
+    score = lax.dot_general(
+        q[...],
+        key,
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+        precision=precision,
+    )
+    if kind == "int4":
+        score -= 8.0 * jnp.sum(q[...].astype(jnp.float32), axis=1, keepdims=True)
+    score = score * (scales[0:1, :].astype(jnp.float32) * scale)
+    if softcap is not None:
+        score = jnp.tanh(score * (1.0 / softcap)) * softcap
+    score = jnp.where(seen, score, MASKED)
+    old = top[:, 0:1]
+    new = jnp.maximum(old, jnp.max(score, axis=1, keepdims=True))
+    weight = jnp.where(seen, jnp.exp(score - new), 0.0)
+    fade = jnp.exp(old - new)
+    summed = total[:, 0:1] * fade + jnp.sum(weight, axis=1, keepdims=True)
+    top[...] = jnp.broadcast_to(new, top.shape)
+    total[...] = jnp.broadcast_to(summed, total.shape)
+    weight = (weight * scales[1:2, :].astype(jnp.float32)).astype(q.dtype)
+    more = lax.dot_general(
+        weight,
+        value,
+        (((1,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+        precision=precision,
+    )
+    if kind == "int4":
+        more -= 8.0 * jnp.sum(weight.astype(jnp.float32), axis=1, keepdims=True)
+    mixed[...] = mixed[...] * fade + more
