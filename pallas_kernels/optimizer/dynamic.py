@@ -15,6 +15,7 @@ Reference: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv
 2110.02861, section 2.1; bitsandbytes `functional.create_dynamic_map`.
 """
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -68,3 +69,53 @@ def _edge(cell):
     start = jnp.where(cell < 64, jnp.int32(_LOW), jnp.int32(_HIGH))
     # The last edge, 1, is 2**31 and wraps to its negative.
     return jnp.abs((cell * jnp.int32(_NINE) + start).astype(jnp.float32))
+
+
+def encode(u: Any, *, signed: bool) -> Any:
+    """Codes of the nearest values.
+
+    Args:
+      u: float32; magnitudes above 1 get the code of 1. NaN is undefined.
+      signed: which map.
+
+    Returns:
+      int32 in 0..255.
+    """
+    size = jnp.abs(u) if signed else u
+    least, *bounds, greatest = _bounds(signed)
+    first = 1.0 if signed else 2.0
+    power = jnp.full(u.shape, 1e6, jnp.float32)
+    cells = jnp.full(u.shape, first, jnp.float32)
+    for i, bound in enumerate(bounds, 1):
+        above = size > bound
+        power = jnp.where(above, jnp.float32(10.0 ** (6 - i)), power)
+        cells = jnp.where(above, jnp.float32(first * 2.0**i), cells)
+    inside = (size * power - _TENTH) * _NINTH * cells
+    number = cells + jnp.minimum(jnp.ceil(inside), cells)
+    # `number` is 1 above the rank of a signed magnitude, 2 above an unsigned code.
+    rank = number.astype(jnp.int32) - jnp.int32(1 if signed else 2)
+    rank = jnp.where(size > greatest, jnp.int32(128 if signed else 255), rank)
+    rank = jnp.where(size > least, rank, jnp.int32(0))
+    if not signed:
+        return rank
+    return jnp.int32(127) + jnp.where(u < 0, -jnp.minimum(rank, 127), rank)
+
+
+_TENTH = float(np.float32(0.1))
+_NINTH = float(np.float32(1 / 0.9))
+
+
+@functools.cache
+def _bounds(signed: bool) -> tuple[float, ...]:
+    """Midpoints below each decade's first value, and that below 1."""
+    first = 1 if signed else 2
+    firsts, lasts = [], [np.float32(0.0)]
+    for i in range(7):
+        cells = first * 2**i
+        edges = [float(np.float32(x)) for x in np.linspace(0.1, 1, cells + 1)]
+        centres = np.float32([(a + b) / 2 for a, b in zip(edges, edges[1:])])
+        firsts.append(np.float32(_POWERS[i]) * centres[0])
+        lasts.append(np.float32(_POWERS[i]) * centres[-1])
+    firsts.append(np.float32(1.0))
+    pairs = zip(lasts, firsts, strict=True)
+    return tuple(float((a + b) * np.float32(0.5)) for a, b in pairs)

@@ -1,0 +1,89 @@
+"""One tile of the 8-bit updates: decode, update, encode; shared by every backend.
+
+AdamW, in float32, with decoupled weight decay as `optax.adamw` has it (decay reads the
+parameter before the step, and both are scaled by the learning rate):
+
+    m = b1 m + (1 - b1) g              v = b2 v + (1 - b2) g^2
+    p = p - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + wd p)
+
+Lion, as `optax.lion`: `p = p - lr (sign(b1 m + (1 - b1) g) + wd p)`, then
+`m = b2 m + (1 - b2) g`. Moments enter decoded and leave unrounded into the step: only
+what is stored is rounded.
+
+A gradient that is not finite makes its own parameter NaN, as in optax, and stores 0 for
+its moments; no neighbour in the block changes. A moment beyond float32 is stored as the
+largest finite number. A block whose largest magnitude is below the least normal float32
+is stored as zeros.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from . import dynamic
+
+BLOCK = 256
+_MAX = float(np.finfo(np.float32).max)
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+class Hyper(NamedTuple):
+    """Scalars of a step: Python floats, traced float32 scalars, or reads of SMEM.
+
+    `c1` and `c2` are `1 / (1 - b1^t)` and `1 / (1 - b2^t)`; Lion ignores both and eps.
+    """
+
+    lr: Any
+    b1: Any
+    b2: Any
+    c1: Any
+    c2: Any
+    eps: Any
+    decay: Any
+
+
+def hyper_vector(lr, b1, b2, eps, decay, count) -> Any:
+    """The fields of `Hyper` for step `count` (from 1) as one float32 vector."""
+    lr, b1, b2, eps, decay, count = (
+        jnp.asarray(x).astype(jnp.float32) for x in (lr, b1, b2, eps, decay, count)
+    )
+    c1, c2 = 1.0 / (1.0 - b1**count), 1.0 / (1.0 - b2**count)
+    return jnp.stack([lr, b1, b2, c1, c2, eps, decay])
+
+
+def adamw(p: Any, g: Any, m: Any, v: Any, h: Hyper) -> tuple[Any, Any, Any]:
+    """New `(p, m, v)` of float32 arrays."""
+    m = h.b1 * m + (1.0 - h.b1) * g
+    v = h.b2 * v + (1.0 - h.b2) * (g * g)
+    step = (m * h.c1) / (jnp.sqrt(v * h.c2) + h.eps) + h.decay * p
+    return p - h.lr * step, m, v
+
+
+def lion(p: Any, g: Any, m: Any, h: Hyper) -> tuple[Any, Any]:
+    """New `(p, m)` of float32 arrays."""
+    step = sign(h.b1 * m + (1.0 - h.b1) * g) + h.decay * p
+    return p - h.lr * step, h.b2 * m + (1.0 - h.b2) * g
+
+
+def sign(x: Any) -> Any:
+    """-1, 0 or 1; NaN stays."""
+    one = jnp.where(x > 0, 1.0, jnp.where(x < 0, -1.0, x))
+    return one.astype(jnp.float32)
+
+
+def storable(x: Any) -> Any:
+    """What of a moment is stored: NaN as 0, infinities as the largest number."""
+    return jnp.where(x == x, jnp.clip(x, -_MAX, _MAX), 0.0)
+
+
+def reciprocal(absmax: Any) -> tuple[Any, Any]:
+    """`(absmax, 1 / absmax)`, both 0 for a block too small to scale."""
+    kept = absmax >= _TINY
+    inverse = 1.0 / jnp.where(kept, absmax, 1.0)
+    return jnp.where(kept, absmax, 0.0), jnp.where(kept, inverse, 0.0)
+
+
+def encode(moment: Any, inverse: Any, *, signed: bool) -> Any:
+    """int32 codes of storable moments, given `1 / absmax` of their blocks."""
+    return dynamic.encode(moment * inverse, signed=signed)
