@@ -53,9 +53,7 @@ def grouped_matmul(
 
     def add(e, y):
         offset = None if bias is None else bias[e]
-        part = single.matmul(
-            x, weight, spec, bias=offset, layer=e, transpose=transpose
-        )
+        part = single.matmul(x, weight, spec, bias=offset, layer=e, transpose=transpose)
         return jnp.where((expert == e)[:, None], part, y)
 
     return lax.fori_loop(0, group_sizes.shape[0], add, start)

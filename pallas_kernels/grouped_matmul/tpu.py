@@ -1,21 +1,22 @@
-"""Grouped products on TPU: one grid over column tiles and visits of row tiles.
+"""Grouped products on TPU: the dense kernels of `..matmul.tpu` on a grid of visits.
 
-A step multiplies one tile of rows by one block of one expert, `[k, columns]`, packed as
-it is stored, so that a block comes from HBM once per column tile and expert: the next
-visit with the same expert finds it in VMEM, experts without rows are never read, and
-the number of visits is a dynamic bound of the grid. Column tiles are the outer loop.
+A step multiplies one tile of rows by one block of one expert, all `k` rows of some
+columns, packed as stored; decoding, scaling and the arrangement of `x` are those of the
+dense kernels. Column blocks are the outer loop of the grid and visits (`specs.Visits`)
+the inner one, with a dynamic bound: an expert's block comes from HBM once per column
+block, experts without rows are never read, and a tile on a border of groups stays in
+VMEM while its experts write their rows one after the other.
 
-* few rows (decode): each group's codes are multiplied as integers and the product is
-  scaled, which costs no work per weight but the conversion;
-* many rows (prefill, `Config.cache`): the block is decoded and scaled once per expert
-  into VMEM as the dtype of `x` and all tiles of the expert multiply by that.
+* few rows per expert (decode): products of bare codes, scaled after;
+* many (prefill): an expert's block is decoded, scaled, once into a panel in VMEM for
+  all of its tiles.
 
-The gated form reads both weights in the same step and keeps `act(g) * u` only. The
-transposed product runs over tiles of `k` and contracts whole rows of `n`.
+The gated form reads both weights in the same step and writes only `act(g) * u`. The
+transposed product visits outside and contracts columns inside, into an accumulator of
+all `k`; there an expert's weight is read once per tile.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -24,36 +25,40 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..matmul import decode
+from ..matmul import tpu as dense
+from ..matmul.specs import Config
 from ..weights import Weight, WeightSpec
 from . import specs
 from .reference import ACTIVATIONS
-from .specs import Config
 
-LANES = 128
-_NT = (((1,), (1,)), ((), ()))
-_NN = (((1,), (0,)), ((), ()))
+__all__ = ["Config", "matmul", "obstacle"]
+
+obstacle = specs.obstacle
 
 
 def matmul(
-    x,
-    group_sizes,
+    x: Any,
+    group_sizes: Any,
     weights: tuple[Weight, ...],
     spec: WeightSpec,
     *,
-    bias=None,
-    out_dtype=None,
+    first: Any = None,
+    bias: Any = None,
+    out_dtype: Any = None,
     transpose: bool = False,
     activation: str | None = None,
     config: Config | None = None,
     interpret: Any = False,
-):
-    """`x W` per group, or the gated form for two weights.
+) -> Any:
+    """`x W` per group, or the gated form for two weights; `api` checks the arguments.
 
     Args:
       x: `[m, k]` sorted by expert, or `[m, n]` when `transpose`.
       group_sizes: int32 `[experts]`.
       weights: one weight, or gate and up, with leading axes of experts.
       spec: what they mean.
+      first: int32 scalar, where the experts begin in the leading axes, or None.
       bias: `[experts, n]` (`[experts, k]` when `transpose`) or None; one weight only.
       out_dtype: dtype of the result; default that of `x`.
       transpose: multiply by the transposes.
@@ -64,379 +69,328 @@ def matmul(
     Returns:
       `[m, n]`, or `[m, k]`.
     """
-    m = x.shape[0]
+    m, experts = x.shape[0], group_sizes.shape[0]
     out_dtype = jnp.dtype(out_dtype or x.dtype)
-    if x.dtype == jnp.float16:
-        x = x.astype(jnp.float32)
-    experts = group_sizes.shape[0]
     config = config or specs.default(
         spec, m, experts, x.dtype, transpose=transpose, weights=len(weights)
     )
-    plan = specs.visits(group_sizes, m, config.rows)
-    columns = spec.k if transpose else spec.n
-    x = jnp.pad(x, [(0, -m % config.rows), (0, 0)])
-    y = _call(
-        x, plan, weights, spec, bias, out_dtype, transpose, activation, config, interpret
+    # Operands of a bias or an activation are not rounded before it.
+    inner = out_dtype if activation is None and bias is None else jnp.float32
+    plan = dense._plan(spec, config, x, weights[0], transpose, jnp.dtype(inner))
+    visits = specs.visits(group_sizes, m, config.rows)
+    if first is not None:
+        visits = visits._replace(expert=visits.expert + first.astype(jnp.int32))
+    weights = tuple(_stored(plan, weight) for weight in weights)
+    run = _transposed if transpose else _forward
+    out = jnp.float32 if out_dtype == jnp.float16 else out_dtype
+    call = functools.partial(_call, plan, visits, experts, out, interpret)
+    return run(plan, call, x, visits, experts, weights, bias, activation).astype(
+        out_dtype
     )
-    return y[:m, :columns]
 
 
-def _call(
-    x, plan, weights, spec, bias, out_dtype, transpose, activation, config, interpret
-):
-    """The `pallas_call` on rows padded to whole tiles."""
-    experts = plan.start.shape[0] - 1
-    m, inner = x.shape
-    columns = spec.k if transpose else spec.n
-    tiles = -(-columns // config.columns)
+def _stored(plan, w):
+    """The arrays as the kernels read them: bits of small floats, a wide table."""
+    table = decode.table_operand(plan.dec, plan.spec, plan.tiles.chip, w.table)
+    return Weight(
+        dense._bytes(plan, w.codes),
+        dense._stored(w.scale),
+        dense._stored(w.zero),
+        table,
+    )
 
-    def block(shape, index):
-        """One expert's block; `index` from the column tile to the last two indices."""
+
+def _operands(plan, weights, place):
+    """Arrays of the weights and their blocks; `place` is `(expert, column block)`."""
+    columns, found = plan.tiles.columns, {}
+
+    def block(rows):
         return pl.BlockSpec(
-            (None, *shape), lambda j, i, group, expert, *_: (expert[i], *index(j))
+            (None, rows, columns), lambda *grid: (place(*grid)[0], 0, place(*grid)[1])
         )
 
-    operands, in_specs = [x], [
-        pl.BlockSpec((config.rows, inner), lambda j, i, g, e, tile, *_: (tile[i], 0))
-    ]
-    packed = config.columns * spec.packed_k // spec.k
-    for weight in weights:
-        if transpose:
-            in_specs.append(block((packed, spec.n), lambda j: (j, 0)))
-            stats = block((spec.groups, spec.n), lambda j: (0, 0))
-        else:
-            in_specs.append(block((spec.packed_k, config.columns), lambda j: (0, j)))
-            stats = block((spec.groups, config.columns), lambda j: (0, j))
-        operands += [weight.codes, weight.scale]
-        in_specs.append(stats)
-        if weight.zero is not None:
-            operands.append(weight.zero)
-            in_specs.append(stats)
-        if weight.table is not None:
-            operands.append(weight.table.astype(jnp.float32))
-            in_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
+    def whole(rows, lead):
+        def index(*grid):
+            return place(*grid)[0] if lead else 0, 0, 0
+
+        return pl.BlockSpec((None, rows, 128), index)
+
+    for i, w in enumerate(weights):
+        for name in ("codes", "scale", "zero"):
+            array = getattr(w, name)
+            if array is not None:
+                found[f"{name}{i}"] = (array, block(array.shape[1]))
+        if w.table is not None:
+            shared = w.table.ndim == 2  # the same for all experts
+            table = w.table[None] if shared else w.table
+            found[f"table{i}"] = (table, whole(table.shape[1], not shared))
+    groups = dense._blocks(plan, _one(weights[0]), lambda i, j: 0).get("groups")
+    if groups is not None:
+        array = groups[0]
+        found["groups"] = (array, pl.BlockSpec(array.shape, lambda *grid: (0, 0)))
+    return found
+
+
+def _one(w):
+    """A weight whose table has an axis of layers, as `dense._blocks` wants it."""
+    return w._replace(table=None)
+
+
+def _scratch(plan, count):
+    """Scratch of each weight."""
+    found = {}
+    for i in range(count):
+        for name, array in dense._staging(plan).items():
+            found[f"{name}{i}"] = array
+        if plan.tiles.prefill and not plan.transpose:
+            dtype = plan.dec.dtype if plan.after else jnp.bfloat16
+            found[f"panel{i}"] = pltpu.VMEM((plan.rows, plan.tiles.columns), dtype)
+    return found
+
+
+def _own(refs, i):
+    """References of weight `i` under the names that the dense kernels use."""
+    shared = {"x", "sums", "groups", "mask", "sum"}
+    found = {name: ref for name, ref in refs.items() if name in shared}
+    return found | {n[:-1]: ref for n, ref in refs.items() if n.endswith(str(i))}
+
+
+class _Visit:
+    """What a step knows about its visit."""
+
+    def __init__(self, refs, visit, experts):
+        before = jnp.maximum(visit - 1, 0)
+        start = visit == 0
+        self.refs, self.visit = refs, visit
+        self.group = refs["group"][visit]
+        self.tile = refs["tile"][visit]
+        self.real = self.group < experts
+        self.new_tile = start | (refs["tile"][before] != self.tile)
+        self.new_expert = start | (refs["expert"][before] != refs["expert"][visit])
+
+    def store(self, y):
+        """Writes the rows of the group; zeros elsewhere on a tile's first visit."""
+        out = self.refs["y"]
+        row = lax.broadcasted_iota(jnp.int32, out.shape, 0) + self.tile * out.shape[0]
+        low, high = self.refs["start"][self.group], self.refs["end"][self.group]
+        old = jnp.where(self.new_tile, jnp.zeros((), out.dtype), out[...])
+        out[...] = jnp.where((row >= low) & (row < high), y.astype(out.dtype), old)
+
+
+def _forward(plan, call, x, visits, experts, weights, bias, activation):
+    """Grid of column blocks by visits."""
+    spec, tiles, m = plan.spec, plan.tiles, x.shape[0]
+    left, sums = dense._arranged(plan, x)
+    m_tiles, n_tiles = -(-m // tiles.rows), -(-spec.n // tiles.columns)
+
+    def row_tile(i, j, group, expert, tile, *_):
+        return tile[j], 0
+
+    inputs = {
+        "x": (left, pl.BlockSpec((left.shape[0] // m_tiles, plan.rows), row_tile)),
+        **_operands(plan, weights, lambda i, j, group, expert, *_: (expert[j], i)),
+    }
+    if sums is not None:
+        inputs["sums"] = (sums, pl.BlockSpec((tiles.rows, spec.groups), row_tile))
     if bias is not None:
-        operands.append(bias.astype(jnp.float32)[:, None])
-        in_specs.append(block((1, config.columns), lambda j: (0, j)))
-    width = spec.n if transpose else config.columns
-    scratch = []
-    for weight in weights:
-        scratch.append(pltpu.VMEM((spec.groups, width), jnp.float32))
-        if weight.zero is not None:
-            scratch.append(pltpu.VMEM((spec.groups, width), jnp.float32))
-        if config.cache:
-            shape = (config.columns, spec.n) if transpose else (spec.k, config.columns)
-            scratch.append(pltpu.VMEM(shape, x.dtype))
-    kernel = functools.partial(
-        _kernel,
-        spec=spec,
-        config=config,
-        count=len(weights),
-        zero=weights[0].zero is not None,
-        table=weights[0].table is not None,
-        bias=bias is not None,
-        transpose=transpose,
-        activation=activation,
-        experts=experts,
+
+        def own(i, j, group, *_):
+            return jnp.minimum(group[j], experts - 1), 0, i
+
+        block = pl.BlockSpec((None, 1, tiles.columns), own)
+        inputs["bias"] = (bias.astype(jnp.float32)[:, None], block)
+    output = pl.BlockSpec(
+        (tiles.rows, tiles.columns), lambda i, j, group, expert, tile, *_: (tile[j], i)
     )
-    grid_spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=5,
-        grid=(tiles, plan.count),
-        in_specs=in_specs,
-        out_specs=pl.BlockSpec(
-            (config.rows, config.columns), lambda j, i, g, e, tile, *_: (tile[i], j)
-        ),
-        scratch_shapes=scratch,
-    )
-    return pl.pallas_call(
+    kernel = functools.partial(_forward_kernel, plan, experts, activation, len(weights))
+    y = call(
         kernel,
-        grid_spec=grid_spec,
-        out_shape=jax.ShapeDtypeStruct((m, columns), out_dtype),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=specs.VMEM_LIMIT,
-        ),
-        cost_estimate=_cost(x, weights, spec, columns, out_dtype),
-        interpret=interpret,
-        name="grouped_gate_up" if len(weights) > 1 else "grouped_matmul",
-    )(*plan[:5], *operands)
-
-
-def _cost(x, weights, spec, columns, out_dtype):
-    """As if every expert had rows, or as many as there are rows."""
-    m, experts = x.shape[0], weights[0].codes.shape[0]
-    packed = sum(weight.nbytes for weight in weights)
-    moved = packed * min(m, experts) // experts
-    moved += x.size * x.dtype.itemsize + m * columns * jnp.dtype(out_dtype).itemsize
-    flops = 2 * m * spec.k * spec.n * len(weights)
-    return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
-
-
-class _Block:
-    """One expert's block of one weight, in VMEM."""
-
-    def __init__(self, spec, codes, scale, zero, table, factors, zeros, cached):
-        self.spec = spec
-        self.codes, self.scale, self.zero, self.table = codes, scale, zero, table
-        self.factors, self.zeros, self.cached = factors, zeros, cached
-
-    def load_statistics(self):
-        """Scales, and zero-points as subtracted from `integers`, in float32."""
-        self.factors[...] = _scales(self.scale[...])
-        if self.zero is not None:
-            zero = self.zero[...]
-            if zero.dtype == jnp.uint8:
-                zero = zero.astype(jnp.int32)
-            self.zeros[...] = zero.astype(jnp.float32) + self.shift
-
-    @property
-    def shift(self) -> float:
-        """What `values` lacks of the code's value."""
-        if self.spec.kind != "int":
-            return 0.0
-        return self.spec.offset - _base(self.spec, self.codes.dtype)
-
-    @property
-    def shifted(self) -> bool:
-        """Whether something is subtracted from `values`."""
-        return self.zero is not None or self.shift != 0
-
-    def zero_rows(self, group, count=1):
-        """What to subtract from the `values` of some groups."""
-        if self.zero is None:
-            return jnp.float32(self.shift)
-        return self.zeros[pl.ds(group, count), :]
-
-    def values(self, expert, row, rows, dtype):
-        """Codes of some rows as numbers, before zero-point and scale."""
-        bits = self.spec.bits
-        packed = self.codes[pl.ds(row * bits // 8, rows * bits // 8), :]
-        return _values(packed, self.spec, self.table, expert, dtype)
-
-    def weights(self, expert, row, rows, group, dtype):
-        """Some rows of the weight; `group` is the group of the first."""
-        value = self.values(expert, row, rows, jnp.float32)
-        count = max(rows // self.spec.group, 1)
-        scale = self.factors[pl.ds(group, count), :]
-        zero = self.zero_rows(group, count)
-        if count > 1:
-            shape = (count, self.spec.group, value.shape[1])
-            value = value.reshape(shape)
-            scale = scale[:, None, :]
-            zero = zero if self.zero is None else zero[:, None, :]
-        if self.shifted:
-            value = value - zero
-        return (value * scale).astype(dtype).reshape(rows, -1)
-
-
-def _base(spec, dtype):
-    """What signed integers of the same bits lack of unsigned codes."""
-    return 0 if dtype == jnp.int8 else 1 << (spec.bits - 1)
-
-
-def _values(packed, spec, table, expert, dtype):
-    """Packed byte rows to numbers, `[rows, columns]`."""
-    bits = spec.bits
-    if spec.kind in ("e4m3", "e5m2"):
-        if packed.dtype == jnp.uint8:
-            kind = jnp.float8_e4m3fn if spec.kind == "e4m3" else jnp.float8_e5m2
-            packed = pltpu.bitcast(packed, kind)
-        return packed.astype(jnp.float32).astype(dtype)
-    if spec.kind == "int":
-        if packed.dtype == jnp.int8:
-            return packed.astype(dtype)
-        top = sum(1 << i for i in range(bits - 1, 8, bits))
-        signed = {8: jnp.int8, 4: jnp.int4, 2: jnp.int2}[bits]
-        return pltpu.bitcast(packed ^ jnp.uint8(top), signed).astype(dtype)
-    codes = pltpu.bitcast(packed, {4: jnp.uint4, 2: jnp.uint2}[bits]).astype(jnp.int32)
-    if spec.kind == "e2m1":
-        return _e2m1(codes).astype(dtype)
-    nodes = [table[expert, i] for i in range(1 << bits)]
-    for bit in range(bits):
-        odd = (codes & (1 << bit)) != 0
-        pairs = zip(nodes[::2], nodes[1::2], strict=True)
-        nodes = [jnp.where(odd, high, low) for low, high in pairs]
-    return nodes[0].astype(dtype)
-
-
-def _e2m1(codes):
-    """Float32 values of e2m1 codes: the exponent moves into place."""
-    size = codes & 7
-    normal = lax.bitcast_convert_type((size << 22) + (126 << 23), jnp.float32)
-    value = jnp.where(size < 2, size.astype(jnp.float32) * 0.5, normal)
-    return jnp.where(codes > 7, -value, value)
-
-
-def _scales(scale):
-    """Stored scales in float32; uint8 is E8M0."""
-    if scale.dtype == jnp.uint8:
-        return lax.bitcast_convert_type(scale.astype(jnp.int32) << 23, jnp.float32)
-    return scale.astype(jnp.float32)
-
-
-def _kernel(
-    group_ref,
-    expert_ref,
-    tile_ref,
-    start_ref,
-    end_ref,
-    *refs,
-    spec,
-    config,
-    count,
-    zero,
-    table,
-    bias,
-    transpose,
-    activation,
-    experts,
-):
-    """One visit; see the module."""
-    refs = list(refs)
-    x_ref = refs.pop(0)
-    stored = []
-    for _ in range(count):
-        codes, scale = refs.pop(0), refs.pop(0)
-        zeros = refs.pop(0) if zero else None
-        stored.append((codes, scale, zeros, refs.pop(0) if table else None))
-    bias_ref = refs.pop(0) if bias else None
-    out_ref = refs.pop(0)
-    blocks = []
-    for fields in stored:
-        factors = refs.pop(0)
-        zeros = refs.pop(0) if zero else None
-        cached = refs.pop(0) if config.cache else None
-        blocks.append(_Block(spec, *fields, factors, zeros, cached))
-    j, visit = pl.program_id(0), pl.program_id(1)
-    before = jnp.maximum(visit - 1, 0)
-    group, expert = group_ref[visit], expert_ref[visit]
-    first_visit = visit == 0
-    new_expert = first_visit | (expert_ref[before] != expert)
-    new_tile = first_visit | (tile_ref[before] != tile_ref[visit])
-    # The transposed product finds its groups by the tile of k it computes.
-    group0 = j * config.columns // spec.group if transpose else 0
-
-    def store(y, column, width):
-        where = (slice(None), pl.ds(column, width))
-        row = lax.broadcasted_iota(jnp.int32, (config.rows, width), 0)
-        row = row + tile_ref[visit] * config.rows
-        mine = (row >= start_ref[group]) & (row < end_ref[group])
-        old = jnp.where(new_tile, jnp.zeros((), out_ref.dtype), out_ref[where])
-        out_ref[where] = jnp.where(mine, y.astype(out_ref.dtype), old)
-
-    @pl.when(group == experts)
-    def _():
-        store(jnp.zeros((config.rows, config.columns), jnp.float32), 0, config.columns)
-
-    @pl.when((group < experts) & new_expert)
-    def _():
-        for block in blocks:
-            block.load_statistics()
-            if config.cache:
-                _decode(block, expert, group0, config, transpose)
-
-    @pl.when(group < experts)
-    def _():
-        if transpose:
-            for column, part in _transposed(x_ref, blocks[0], expert, group0, config):
-                if bias_ref is not None:
-                    part = part + bias_ref[:, column : column + part.shape[1]]
-                store(part, column, part.shape[1])
-            return
-        run = _cached if config.cache else _scaled
-        y = [run(x_ref, block, expert, config) for block in blocks]
-        if activation is not None:
-            y = [ACTIVATIONS[activation](y[0]) * y[1]]
-        if bias_ref is not None:
-            y = [y[0] + bias_ref[...]]
-        store(y[0], 0, config.columns)
-
-
-def _dot(x, w, dims):
-    exact = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return lax.dot_general(
-        x, w, dims, precision=exact, preferred_element_type=jnp.float32
+        (n_tiles, visits.count),
+        inputs,
+        ((m_tiles * tiles.rows, spec.n), output),
+        _scratch(plan, len(weights)),
     )
+    return y[:m]
 
 
-def _scaled(x_ref, block, expert, config):
-    """Products of codes, scaled per group; of scaled weights where groups are small."""
-    spec, rows = block.spec, x_ref.shape[0]
-    step = specs.piece(spec, config.chunk)
-    dtype = x_ref.dtype
-    start = jnp.zeros((rows, config.columns), jnp.float32)
+def _forward_kernel(plan, experts, activation, count, names, *arrays):
+    refs = dict(zip(names, arrays, strict=True))
+    visit = _Visit(refs, pl.program_id(1), experts)
+    own = [_own(refs, i) for i in range(count)]
 
-    def weights(i, total):
-        w = block.weights(expert, i * step, step, i * (step // spec.group), dtype)
-        return total + _dot(x_ref[:, pl.ds(i * step, step)], w, _NN)
+    @pl.when(jnp.logical_not(visit.real))
+    def _rest():
+        visit.store(jnp.zeros(refs["y"].shape, jnp.float32))
 
-    if step > spec.group:
-        return _loop(spec.k // step, weights, start)
-    pieces = spec.group // step
+    if plan.tiles.prefill:
 
-    def codes(g, total):
-        part, sums = None, None
-        for piece in range(pieces):
-            row = g * spec.group + piece * step
-            rows_of_x = x_ref[:, pl.ds(row, step)]
-            y = _dot(rows_of_x, block.values(expert, row, step, dtype), _NN)
-            part = y if part is None else part + y
-            if block.shifted:
-                s = jnp.sum(rows_of_x.astype(jnp.float32), 1, keepdims=True)
-                sums = s if sums is None else sums + s
-        if block.shifted:
-            part = part - sums * block.zero_rows(g)
-        return total + part * block.factors[pl.ds(g, 1), :]
+        @pl.when(visit.real & visit.new_expert)
+        def _fill():
+            for mine in own:
+                _fill_panel(plan, dict(mine))
 
-    return _loop(spec.groups, codes, start)
+    @pl.when(visit.real)
+    def _multiply():
+        y = [_product(plan, mine) for mine in own]
+        total = y[0] if activation is None else ACTIVATIONS[activation](y[0]) * y[1]
+        if "bias" in refs:
+            total = total + refs["bias"][...]
+        visit.store(total)
 
 
-def _decode(block, expert, group0, config, transpose):
-    """The whole block, scaled, into `block.cached`."""
-    spec = block.spec
-    rows = block.cached.shape[0]
-    step = specs.piece(spec, min(config.chunk, rows))
-
-    def put(i, carry):
-        group = group0 + i * step // spec.group
-        w = block.weights(expert, i * step, step, group, block.cached.dtype)
-        block.cached[pl.ds(i * step, step), :] = w
-        return carry
-
-    _loop(rows // step, put, 0)
+def _fill_panel(plan, refs):
+    """Decodes a block of an expert for all of its tiles."""
+    dense._stage(plan, refs)
+    for r in range(plan.regions):
+        lines = slice(r * plan.region, (r + 1) * plan.region)
+        decoded = (dense._decoded if plan.after else dense._weight)(plan, refs, r)
+        refs["panel"][lines, :] = decoded
 
 
-def _cached(x_ref, block, expert, config):
-    """Product with the decoded block."""
-    del expert
-    rows, k = x_ref.shape
-    step = specs.divisor(k, specs.LANES, 2048)
+def _product(plan, refs):
+    """A tile times a block."""
+    if not plan.tiles.prefill:
+        dense._stage(plan, refs)
+        operand = functools.partial(dense._decoded, plan, refs)
+        return dense._accumulate(plan, refs, operand)
+    if not plan.after:
+        return dense._dot(refs["x"][...], refs["panel"][...])
+    for name, staged in zip(("scale", "zero"), plan.stages, strict=True):
+        refs[name] = refs["staged_" + name] if staged else refs.get(name)
 
-    def add(i, total):
-        part = pl.ds(i * step, step)
-        return total + _dot(x_ref[:, part], block.cached[part, :], _NN)
+    def panel(r):
+        return refs["panel"][r * plan.region : (r + 1) * plan.region, :]
 
-    return _loop(k // step, add, jnp.zeros((rows, config.columns), jnp.float32))
-
-
-def _transposed(x_ref, block, expert, group0, config):
-    """Columns of the transposed product, a few at a time: `(first column, part)`."""
-    spec, dtype = block.spec, x_ref.dtype
-    step = specs.piece(spec, min(config.chunk, config.columns))
-    for row in range(0, config.columns, step):
-        if config.cache:
-            w = block.cached[row : row + step, :]
-        else:
-            group = group0 + row // spec.group
-            w = block.weights(expert, row, step, group, dtype)
-        yield row, _dot(x_ref[...], w, _NT)
+    return dense._accumulate(plan, refs, panel)
 
 
-def _loop(count, body, start):
-    """A loop, unrolled when it is short."""
-    if count <= specs.UNROLL:
-        for i in range(count):
-            start = body(i, start)
-        return start
-    unroll = math.gcd(count, 8)
-    return lax.fori_loop(0, count, body, start, unroll=unroll)
+def _transposed(plan, call, x, visits, experts, weights, bias, activation):
+    """Grid of visits by column blocks, which are contracted."""
+    del activation
+    spec, tiles, m = plan.spec, plan.tiles, x.shape[0]
+    m_tiles, n_tiles = -(-m // tiles.rows), -(-spec.n // tiles.columns)
+    x = x.astype(jnp.bfloat16 if plan.parts == 1 else jnp.float32)
+    grow = (m_tiles * tiles.rows - m, n_tiles * tiles.columns - spec.n)
+    x = jnp.pad(x, ((0, grow[0]), (0, grow[1])))
+
+    def column(j, i, group):
+        # Rows behind all groups multiply nothing: stay on the block at hand.
+        return jnp.where(group[j] < experts, i, n_tiles - 1)
+
+    inputs = {
+        "x": (
+            x,
+            pl.BlockSpec(
+                (tiles.rows, tiles.columns),
+                lambda j, i, group, expert, tile, *_: (tile[j], column(j, i, group)),
+            ),
+        ),
+        **_operands(
+            plan,
+            weights,
+            lambda j, i, group, expert, *_: (expert[j], column(j, i, group)),
+        ),
+    }
+    order = plan.dec.order(plan.region)
+    if plan.per > 1 and plan.after:
+        mask = dense.np.arange(-(-plan.per // 8) * 8)[:, None] == order // spec.group
+        array = jnp.asarray(mask, jnp.float32)
+        inputs["mask"] = (array, pl.BlockSpec(mask.shape, lambda *grid: (0, 0)))
+    scratch = _scratch(plan, 1)
+    scratch["sum"] = pltpu.VMEM((tiles.rows, plan.rows), jnp.float32)
+    output = pl.BlockSpec(
+        (tiles.rows, plan.rows), lambda j, i, group, expert, tile, *_: (tile[j], 0)
+    )
+    y = call(
+        functools.partial(_transposed_kernel, plan, experts),
+        (visits.count, n_tiles),
+        inputs,
+        ((m_tiles * tiles.rows, plan.rows), output),
+        scratch,
+    )[:m]
+    if not plan.dec.natural:
+        y = y.reshape(m, plan.regions, plan.region)[:, :, dense.np.argsort(order)]
+        y = y.reshape(m, plan.rows)
+    y = y[:, : spec.k]
+    if bias is None:
+        return y
+    ends = visits.end[:-1]
+    row = jnp.arange(m, dtype=jnp.int32)
+    expert = jnp.searchsorted(ends, row, side="right")
+    bias = jnp.take(bias.astype(jnp.float32), expert, axis=0, mode="fill", fill_value=0)
+    return y.astype(jnp.float32) + bias
+
+
+def _transposed_kernel(plan, experts, names, *arrays):
+    refs = dict(zip(names, arrays, strict=True))
+    visit, step = _Visit(refs, pl.program_id(0), experts), pl.program_id(1)
+
+    @pl.when(step == 0)
+    def _clear():
+        refs["sum"][...] = jnp.zeros_like(refs["sum"])
+
+    @pl.when(visit.real)
+    def _add():
+        own = _own(refs, 0)
+        dense._stage(plan, own)
+        left = None
+        for r in range(plan.regions):
+            first = dense._group_of(plan, r)
+            lines = slice(r * plan.region, (r + 1) * plan.region)
+            if not plan.after:
+                weight = dense._clean(plan, dense._weight(plan, own, r))
+                part = dense._dot(own["x"][...], weight, ((1,), (1,)))
+            else:
+                same = r and plan.per == 1 and first == dense._group_of(plan, r - 1)
+                if not same:
+                    left = dense._scaled_left(plan, own, first)
+                assert left is not None  # the first region made it
+                part = dense._transposed_part(plan, own, r, *left)
+            own["sum"][:, lines] += part
+
+    @pl.when(step == pl.num_programs(1) - 1)
+    def _write():
+        visit.store(refs["sum"][...])
+
+
+def _call(plan, visits, experts, out, interpret, kernel, grid, inputs, output, scratch):
+    """The pallas_call: references reach the kernel by name."""
+    shape, block = output
+    prefetched = ("group", "expert", "tile", "start", "end")
+    names = (*prefetched, *inputs, "y", *scratch)
+    semantics = ("arbitrary", "arbitrary")
+    if not plan.transpose:
+        semantics = ("parallel", "arbitrary")
+    gated = "codes1" in inputs
+    turned = "-transposed" if plan.transpose else ""
+    what = "gate-up" if gated else "matmul"
+    return pl.pallas_call(
+        functools.partial(kernel, names),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(prefetched),
+            grid=grid,
+            in_specs=[block for _, block in inputs.values()],
+            out_specs=block,
+            scratch_shapes=list(scratch.values()),
+        ),
+        out_shape=jax.ShapeDtypeStruct(shape, out),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=semantics, vmem_limit_bytes=plan.tiles.vmem
+        ),
+        cost_estimate=_cost(plan, inputs, experts, shape, out, 1 + gated),
+        name=f"grouped-{what}-{plan.spec.kind}{plan.spec.bits}{turned}",
+        interpret=interpret,
+    )(*visits[:5], *[array for array, _ in inputs.values()])
+
+
+def _cost(plan, inputs, experts, shape, out, count):
+    """As if every expert had rows, or as many as there are rows."""
+    m, spec = shape[0], plan.spec
+    sizes = {name: a.size * a.dtype.itemsize for name, (a, _) in inputs.items()}
+    stack = inputs["codes0"][0].shape[0]
+    packed = sum(v for k, v in sizes.items() if k[:-1] in ("codes", "scale", "zero"))
+    moved = packed // stack * min(m, experts)
+    moved += sizes["x"] + shape[0] * shape[1] * jnp.dtype(out).itemsize
+    flops = 2 * m * spec.k * spec.n * count * plan.parts
+    gelu = m * spec.n if count > 1 else 0
+    return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=gelu)
