@@ -109,7 +109,7 @@ def default(
     rows = ceil(m, 16) if few else min(512, ceil(m, 32))
     while rows > 64 and _bytes(spec, rows, columns) > CHIPS[name].vmem * 3 // 4:
         rows = ceil(rows // 2, 32)
-    strip = min(columns, 512 if few else 256)
+    strip = min(columns, (2048 if name == "7x" else 512) if few else 256)
     columns = columns // strip * strip
     return Config(rows, columns, strip, name, few and spec.groups <= 64)
 

@@ -323,7 +323,7 @@ def _round(x, x_scale, xq, sx, sums, plan):
             part = jnp.abs(x[:, pl.ds(i * piece, piece)].astype(F32))
             return jnp.maximum(best, jnp.max(part, axis=1, keepdims=True))
 
-        absmax = _loop(pieces, most, jnp.zeros((rows, 1), F32), plan)
+        absmax = lax.fori_loop(0, pieces, most, jnp.zeros((rows, 1), F32))
         sx[...] = reference.row_scale(absmax, plan.activation)
 
     def store(i, _):
@@ -345,7 +345,7 @@ def _round(x, x_scale, xq, sx, sums, plan):
 
     if plan.rest:
         sums[...] = jnp.zeros_like(sums)
-    _loop(pieces, store, 0, plan)
+    lax.fori_loop(0, pieces, store, 0)
 
 
 def _sum_units(part, sums, i, plan):
@@ -354,18 +354,9 @@ def _sum_units(part, sums, i, plan):
     found, width = sums[...], min(plan.unit, plan.piece)
     for q in range(plan.piece // width):
         total = jnp.sum(part[:, q * width : (q + 1) * width], axis=1, keepdims=True)
-        index = (i * plan.piece + q * width) // plan.unit
+        index = _quotient(i * plan.piece + q * width, plan.unit)
         found = found + jnp.where(lane == index, total, F32(0))
     sums[...] = found
-
-
-def _loop(count, body, start, plan):
-    """A loop, written out where tiles are small."""
-    if plan.config.unroll or count == 1:
-        for i in range(count):
-            start = body(i, start)
-        return start
-    return lax.fori_loop(0, count, body, start)
 
 
 def _decode(codes, at, cols, plan):
@@ -425,7 +416,7 @@ def _product(xq, sums, codes, scale, zero, total, cols, plan):
         found = None
         for q in range(plan.parts):
             unit = i * plan.parts + q
-            group = unit * plan.unit // plan.group
+            group = _quotient(unit * plan.unit, plan.group)
             one = scaled(result[q * rows : (q + 1) * rows], group, unit)
             found = one if found is None else found + one
         return found
@@ -443,6 +434,11 @@ def _product(xq, sums, codes, scale, zero, total, cols, plan):
 
     lax.fori_loop(0, pieces, add_groups, 0)
     return total[:, cols]
+
+
+def _quotient(a, b):
+    """`a // b` for numbers that are not negative, where jnp's would look at signs."""
+    return a // b if isinstance(a, int) else lax.div(a, jnp.int32(b))
 
 
 def _lane(sums, g):
