@@ -13,7 +13,6 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qjax.pallas_kernels.attention import api, reference, specs
 

@@ -106,6 +106,7 @@ TABLE: dict[tuple[str, str], Config] = {
 TPU_ROWS = 256
 GPU_ROWS = 64
 GPU_BLOCK = 64
+GPU_BLOCKS = 132
 
 
 def obstacle(backend: str, problem: Problem) -> str | None:
@@ -138,8 +139,8 @@ def _tpu_obstacle(p: Problem) -> str | None:
 
 
 def _gpu_obstacle(p: Problem) -> str | None:
-    if p.dtype == "float32":
-        return "float32 queries; tensor cores take bfloat16 or float16"
+    if p.dtype != "bfloat16":
+        return f"{p.dtype} queries; the kernel multiplies in bfloat16"
     if p.head_dim not in (64, 128, 256):
         return f"heads of {p.head_dim}; the kernel has 64, 128 and 256"
     if p.rows > GPU_ROWS:
@@ -176,3 +177,13 @@ def config(device: str | None, problem: Problem) -> Config:
     return dataclasses.replace(
         tiles, block=min(tiles.block, max(512, problem.length // 4))
     )
+
+
+def gpu_config(problem: Problem) -> Config:
+    """Returns the tiles on a GPU: enough splits to fill it about four times over."""
+    p = problem
+    block = GPU_BLOCK
+    blocks = p.length // block
+    wanted = -(-4 * GPU_BLOCKS // (p.batch * p.kv_heads))
+    splits = max(1, min(wanted, blocks // 2, 64))
+    return Config(block=block, splits=splits, stages=2 if p.head_dim > 128 else 3)
