@@ -18,6 +18,7 @@ Reference: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -62,6 +63,14 @@ def decode(codes: Any, *, signed: bool) -> Any:
         return value
     value = jnp.where(number == 0, 0.0, value)
     return jnp.where(codes < 127, -value, value)
+
+
+@functools.cache
+def table(signed: bool) -> np.ndarray:
+    """The 256 values of a map, ascending."""
+    with jax.ensure_compile_time_eval():
+        codes = jnp.arange(256, dtype=jnp.int32)
+        return np.asarray(decode(codes, signed=signed))
 
 
 def _edge(cell):

@@ -16,24 +16,19 @@ from .update import BLOCK, Hyper
 BOUND = 1e-5
 
 
-def table(signed: bool) -> Any:
-    """The 256 values of a map, ascending."""
-    return dynamic.decode(jnp.arange(256, dtype=jnp.int32), signed=signed)
-
-
 def load(codes: Any, absmax: Any, *, signed: bool) -> Any:
     """A stored moment as float32, in the shape of its codes."""
-    values = table(signed)[codes.reshape(-1).astype(jnp.int32)]
+    values = jnp.asarray(dynamic.table(signed))[codes.reshape(-1).astype(jnp.int32)]
     scale = jnp.repeat(absmax, BLOCK)[: values.size]
     return (values * scale).reshape(codes.shape)
 
 
 def store(moment: Any, *, signed: bool) -> tuple[Any, Any]:
     """Nearest codes and absolute maxima, blocks of 256 over the row-major array."""
-    flat = update.storable(moment).reshape(-1)
+    flat = moment.reshape(-1)
     blocks = jnp.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
     absmax, inverse = update.reciprocal(jnp.max(jnp.abs(blocks), axis=-1))
-    values = table(signed)
+    values = jnp.asarray(dynamic.table(signed))
     bounds = (values[:-1] + values[1:]) * 0.5
     codes = jnp.searchsorted(bounds, blocks * inverse[:, None], side="left")
     codes = codes.astype(jnp.uint8).reshape(-1)[: flat.size]

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -46,17 +47,18 @@ def _run(name, p, g, state, hyper, *, config: TpuConfig | None = None, interpret
     tile = pl.BlockSpec((rows, columns), lambda i, j: (i, j))
     lanes = pl.BlockSpec((rows, blocks), lambda i, j: (i, 0))
     states = [tile, lanes] * (len(flat) // 2)
+    values = pl.BlockSpec((8, 128), lambda i, j: (0, 0))
     # The interpreter pads operands to whole tiles, also those that results alias.
     alias = not interpret or (shape[0] % rows == 0)
-    operands = [hyper, g.reshape(shape), p.reshape(shape), *flat]
+    operands = [hyper, _tables(), g.reshape(shape), p.reshape(shape), *flat]
     new = pl.pallas_call(
         functools.partial(_kernel, name, columns // BLOCK),
         name=name,
         grid=(pl.cdiv(shape[0], rows), shape[1] // columns),
-        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), tile, tile, *states],
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), values, tile, tile, *states],
         out_specs=[tile, *states],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[2:]],
-        input_output_aliases={i: i - 2 for i in range(2, len(operands)) if alias},
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[3:]],
+        input_output_aliases={i: i - 3 for i in range(3, len(operands)) if alias},
         cost_estimate=cost(p, g, state),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary")
@@ -77,7 +79,7 @@ def cost(p: Any, g: Any, state: Any) -> pl.CostEstimate:
     )
 
 
-def _kernel(name, count, hyper_ref, g_ref, p_ref, *refs):
+def _kernel(name, count, hyper_ref, table_ref, g_ref, p_ref, *refs):
     """Updates a tile; `count` blocks per row."""
     half = len(refs) // 2
     olds, (p_out, *news) = refs[:half], refs[half:]
@@ -96,7 +98,7 @@ def _kernel(name, count, hyper_ref, g_ref, p_ref, *refs):
             at = (rows, pl.ds(b * BLOCK, BLOCK))
             here = lane == first + b
             moments = [
-                _load(codes[at], absmax, here, signed=i == 0)
+                _load(codes[at], absmax, here, table_ref[2 * i : 2 * i + 2, :])
                 for i, (codes, absmax) in enumerate(zip(olds[::2], old, strict=True))
             ]
             step = update.adamw if name == "adamw8" else update.lion
@@ -117,13 +119,42 @@ def _wide(x):
     return x.astype(jnp.float32)
 
 
-def _load(codes, absmax, here, *, signed):
+def _tables():
+    """The values of both maps, 128 per row: what lanes can pick from."""
+    rows = [dynamic.table(signed).reshape(2, 128) for signed in (True, False)]
+    return jnp.asarray(np.concatenate([*rows, np.zeros((4, 128), np.float32)]))
+
+
+def _load(codes, absmax, here, table):
     scale = jnp.sum(jnp.where(here, absmax, 0.0), axis=1, keepdims=True)
-    return dynamic.decode(codes.astype(jnp.int32), signed=signed) * scale
+    codes = codes.astype(jnp.int32)
+    halves = [_pick(table, codes[:, at : at + 128]) for at in (0, 128)]
+    return jnp.concatenate(halves, axis=1) * scale
+
+
+def _pick(table, codes):
+    low, high = (_gather(table[i : i + 1], codes & jnp.int32(127)) for i in (0, 1))
+    return jnp.where(codes < 128, low, high)
+
+
+def _gather(row, lanes):
+    """`row[0, lanes]`: a gather within the 128 lanes of a register."""
+    return lax.gather(
+        jnp.broadcast_to(row, lanes.shape),
+        lanes[..., None],
+        lax.GatherDimensionNumbers(
+            offset_dims=(),
+            collapsed_slice_dims=(1,),
+            start_index_map=(1,),
+            operand_batching_dims=(0,),
+            start_indices_batching_dims=(0,),
+        ),
+        slice_sizes=(1, 1),
+        mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+    )
 
 
 def _store(moment, *, signed):
-    moment = update.storable(moment)
     absmax = jnp.max(jnp.abs(moment), axis=1, keepdims=True)
     absmax, inverse = update.reciprocal(absmax)
     codes = update.encode(moment, inverse, signed=signed)

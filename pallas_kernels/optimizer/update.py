@@ -10,10 +10,10 @@ Lion, as `optax.lion`: `p = p - lr (sign(b1 m + (1 - b1) g) + wd p)`, then
 `m = b2 m + (1 - b2) g`. Moments enter decoded and leave unrounded into the step: only
 what is stored is rounded.
 
-A gradient that is not finite makes its own parameter NaN, as in optax, and stores 0 for
-its moments; no neighbour in the block changes. A moment beyond float32 is stored as the
-largest finite number. A block whose largest magnitude is below the least normal float32
-is stored as zeros.
+A gradient that is not finite makes its own parameter NaN, as in optax. Where the second
+moment (Lion: the moment) would not be finite both are stored as 0; no neighbour in the
+block is touched. A block whose largest magnitude is below the least normal float32 is
+stored as zeros.
 """
 
 from typing import Any, NamedTuple
@@ -57,24 +57,21 @@ def adamw(p: Any, g: Any, m: Any, v: Any, h: Hyper) -> tuple[Any, Any, Any]:
     m = h.b1 * m + (1.0 - h.b1) * g
     v = h.b2 * v + (1.0 - h.b2) * (g * g)
     step = (m * h.c1) / (jnp.sqrt(v * h.c2) + h.eps) + h.decay * p
-    return p - h.lr * step, m, v
+    kept = v <= _MAX
+    return p - h.lr * step, jnp.where(kept, m, 0.0), jnp.where(kept, v, 0.0)
 
 
 def lion(p: Any, g: Any, m: Any, h: Hyper) -> tuple[Any, Any]:
     """New `(p, m)` of float32 arrays."""
     step = sign(h.b1 * m + (1.0 - h.b1) * g) + h.decay * p
-    return p - h.lr * step, h.b2 * m + (1.0 - h.b2) * g
+    m = h.b2 * m + (1.0 - h.b2) * g
+    return p - h.lr * step, jnp.where(jnp.abs(m) <= _MAX, m, 0.0)
 
 
 def sign(x: Any) -> Any:
     """-1, 0 or 1; NaN stays."""
     one = jnp.where(x > 0, 1.0, jnp.where(x < 0, -1.0, x))
     return one.astype(jnp.float32)
-
-
-def storable(x: Any) -> Any:
-    """What of a moment is stored: NaN as 0, infinities as the largest number."""
-    return jnp.where(x == x, jnp.clip(x, -_MAX, _MAX), 0.0)
 
 
 def reciprocal(absmax: Any) -> tuple[Any, Any]:
@@ -85,5 +82,5 @@ def reciprocal(absmax: Any) -> tuple[Any, Any]:
 
 
 def encode(moment: Any, inverse: Any, *, signed: bool) -> Any:
-    """int32 codes of storable moments, given `1 / absmax` of their blocks."""
+    """int32 codes of finite moments, given `1 / absmax` of their blocks."""
     return dynamic.encode(moment * inverse, signed=signed)

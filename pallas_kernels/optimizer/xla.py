@@ -121,7 +121,6 @@ def _load(codes, absmax, signed):
 
 
 def _store(moment, signed):
-    moment = update.storable(moment)
     absmax, inverse = update.reciprocal(_row_max(moment))
     codes = update.encode(moment, inverse[:, None], signed=signed)
     return codes, absmax
