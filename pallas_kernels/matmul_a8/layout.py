@@ -49,9 +49,8 @@ def obstacle(spec: WeightSpec) -> str | None:
     whole = spec.group >= spec.k or spec.group % UNIT == 0
     if whole or (spec.bits == 4 and spec.group in (32, 64)):
         return None
-    return (
-        f"groups of {spec.group} rows: multiples of {UNIT} are done"
-        + (", 32 and 64" if spec.bits == 4 else "")
+    return f"groups of {spec.group} rows: multiples of {UNIT} are done" + (
+        ", 32 and 64" if spec.bits == 4 else ""
     )
 
 

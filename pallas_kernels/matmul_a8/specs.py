@@ -181,3 +181,59 @@ def activation_of(x_dtype: Any) -> str | None:
     """The 8-bit type of coded activations, None for floats."""
     name = jnp.dtype(x_dtype).name
     return name if name in ACTIVATIONS else None
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuConfig:
+    """Tiles of the Hopper kernel.
+
+    Attributes:
+      tokens: rows of `x` per tile, 8 to 256.
+      warpgroups: warpgroups that multiply, 64 columns each.
+      rows: rows of the weight per step, 128 or a multiple.
+      stages: steps in flight.
+      split: blocks share tiles; partial sums are added afterwards.
+      blocks: persistent blocks, one per multiprocessor.
+      operand: decode through shared memory (the interpreter needs it).
+    """
+
+    tokens: int
+    warpgroups: int = 2
+    rows: int = LANES
+    stages: int = 4
+    split: bool = True
+    blocks: int = 132
+    operand: bool = False
+
+
+SHARED = 200 << 10
+"""Bytes of shared memory that stages may take."""
+
+
+def gpu_default(spec: WeightSpec, m: int, narrow: bool) -> GpuConfig:
+    """Tiles for a product on Hopper.
+
+    Up to 64 rows all tokens are one tile and blocks share columns' sums; the ring holds
+    as much as fits, up to twelve steps. Above, tiles of 128 by 256 (128 by 128 for
+    groups, whose float32 sums need the registers) are written whole when the result has
+    16 bits.
+
+    Args:
+      spec: the weight.
+      m: rows of the activations.
+      narrow: whether the result has 16 bits.
+
+    Returns:
+      The tiles.
+    """
+    wide = 256 if spec.group >= spec.k and spec.bits == 8 and not spec.offset else 128
+    few = m <= 64
+    tokens = ceil(m, 8) if few else min(wide, ceil(m, 64))
+    deep = 2 * LANES if few else LANES
+    rows = ceil(spec.k, LANES)
+    whole = spec.group >= rows or spec.group % deep == 0 or deep % spec.group == 0
+    deep = deep if rows % deep == 0 and whole else LANES
+    stage = deep * tokens + deep * LANES * spec.bits // 8 + 1024
+    space = SHARED - (0 if few or not narrow else 32 << 10)
+    stages = max(2, min(12 if few else 4, space // stage))
+    return GpuConfig(tokens, 2, deep, stages, few or not narrow)
