@@ -44,6 +44,8 @@ PAIRS = 16
 ROWS = plgpu.Layout.WGMMA.reduce(1)
 """Layout of a vector with one entry per column of the weight (row of the tile)."""
 
+_SCALAR = plgpu.Layout.WG_SPLAT(())
+
 MANTISSA = {"bfloat16": 7, "float16": 10}
 _BIAS = {"bfloat16": 127, "float16": 15}
 _MINIFLOAT = {"e2m1": (2, 1, 1), "e4m3": (4, 3, 7), "e5m2": (5, 2, 15)}
@@ -248,7 +250,32 @@ def load_row(ref):
     return versions.load(ref, ROWS, optimized=False)
 
 
-def fragment(words, decode: Decode, rows=(), table=None, *, interpret=False):
+def magic_word(decode: Decode, *, interpret=False):
+    """The bits that make an integer a float, in a register (call before loops).
+
+    The compiler would otherwise write the constant again for each of the instructions
+    that use it, since they have another one. So that it cannot, the size of shared
+    memory, of which no bit above the 20th is set, is shifted out and added.
+    """
+    mantissa = MANTISSA[decode.dtype]
+    bits = ((mantissa + _BIAS[decode.dtype]) << mantissa) * 0x00010001
+    if interpret:
+        return jnp.int32(bits)
+    shape = plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR)
+
+    @plgpu.inline_mgpu(arg_types=(), return_type=shape)
+    def emit(_):
+        i32 = ir.IntegerType.get_signless(32)
+        text = f"{{ .reg .b32 t; mov.u32 t, %dynamic_smem_size; shr.u32 t, t, 24; add.u32 $0, t, {bits}; }}"
+        value = llvm.inline_asm(i32, [], text, "=r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
+
+    return emit()
+
+
+def fragment(
+    words, decode: Decode, rows=(), table=None, magic=None, *, interpret=False
+):
     """Decodes one block to the left operand of `wgmma`.
 
         w[j, i] = (value(code) - center[j, p]) scale[j, p] + shift[j, p]
@@ -262,6 +289,7 @@ def fragment(words, decode: Decode, rows=(), table=None, *, interpret=False):
         centers, each one per piece, as far as `decode` names them.
       table: for "table" codes, a reference int32 `[256, 32]` in shared memory from
         `fill_table`.
+      magic: from `magic_word`, for integers.
       interpret: decode with jnp.
 
     Returns:
@@ -277,14 +305,17 @@ def fragment(words, decode: Decode, rows=(), table=None, *, interpret=False):
     if table is not None:
         types.append(plgpu.RefType())
         arguments.append(table)
+    elif magic is not None:
+        types.append(_SCALAR)
+        arguments.append(magic)
     shape = plgpu.ShapeDtypeStruct(
         (BLOCK, BLOCK), jnp.dtype(decode.dtype), layout=plgpu.Layout.WGMMA
     )
 
     @plgpu.inline_mgpu(arg_types=tuple(types), return_type=shape)
     def emit(_, words, *rest):
-        rows = rest[:-1] if table is not None else rest
-        return _emit(words, decode, rows, rest[-1] if table is not None else None)
+        vectors, last = rest[: len(rows)], (*rest[len(rows) :], None)[0]
+        return _emit(words, decode, vectors, last)
 
     return emit(*arguments)
 
@@ -549,10 +580,10 @@ class _Word:
 class _Registers(_Machine):
     """Emits instructions."""
 
-    def __init__(self, dtype, table=None):
+    def __init__(self, dtype):
         super().__init__(dtype)
         self.type = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype]
-        self.base = None if table is None else _table_base(table)
+        self.base = None  # of the table
 
     def constant(self, value):
         return self.once(("constant", value), lambda: _Word(_constant(value)))
@@ -592,7 +623,7 @@ def _splat(register):
     return _Word(arith.muli(half, _constant(0x00010001)))
 
 
-def _emit(words, decode: Decode, rows, table):
+def _emit(words, decode: Decode, rows, extra):
     """The registers of a decoded block."""
     codec, i32 = decode.codec, ir.IntegerType.get_signless(32)
     flat = [
@@ -605,7 +636,15 @@ def _emit(words, decode: Decode, rows, table):
         [[_splat(v.registers.flat[r]) for r in range(2)] for v in group]
         for group in split_rows(decode, rows)
     ]
-    pairs = _pairs(_Registers(decode.dtype, table), flat, decode, groups)
+    machine = _Registers(decode.dtype)
+    if codec.kind == "table":
+        machine.base = _table_base(extra)
+    elif extra is not None:
+        mantissa = MANTISSA[decode.dtype]
+        magic = (mantissa + _BIAS[decode.dtype]) << mantissa
+        word = _Word(extra.registers.item())
+        machine.once(("constant", magic | magic << 16), lambda: word)
+    pairs = _pairs(machine, flat, decode, groups)
     layout = mgpu.WGMMA_LAYOUT
     registers = np.empty(layout.registers_shape((BLOCK, BLOCK)), dtype=object)
     element = mgpu.utils.dtype_to_ir_type(jnp.dtype(decode.dtype))

@@ -78,8 +78,11 @@ def matmul(
     m = x.shape[0]
     if config is None:
         config = default(spec, m, x.dtype, out_dtype, transpose)
-    parts = _thirds(x) if x.dtype == jnp.float32 else x
-    plan = _plan(spec, parts, w, config, out_dtype, transpose, bias is not None)
+    single = x.dtype == jnp.float32
+    parts = _thirds(x) if single else x
+    plan = _plan(
+        spec, parts, w, config, out_dtype, transpose, bias is not None, single
+    )
     columns = spec.k if transpose else spec.n
     inner = plan.inner - parts.shape[1]
     rows = plan.m_tiles * config.tokens - parts.shape[0]
@@ -98,7 +101,7 @@ def matmul(
     y = _call(plan, interpret)(*operands)
     if config.split:
         y = _total(y, plan)
-        y = y[: 3 * m].reshape(3, m, -1).sum(0) if x.dtype == jnp.float32 else y
+        y = y[: 3 * m].reshape(3, m, -1).sum(0) if single else y
     y = y[:m, :columns]
     if bias is not None and not plan.biased:
         y = y + bias.astype(jnp.float32)
@@ -256,7 +259,7 @@ def _owner(step, plan):
     return ((step + 1) * plan.blocks + total - 1) // total - 1
 
 
-def _plan(spec, x, w, config, out_dtype, transpose, biased):
+def _plan(spec, x, w, config, out_dtype, transpose, biased, single):
     rows, columns = gpu_layout.padded(spec)
     outer, inner = (rows, columns) if transpose else (columns, rows)
     plan = _Plan(
@@ -285,6 +288,7 @@ def _plan(spec, x, w, config, out_dtype, transpose, biased):
     need(config.split or config.tokens % 64 == 0, "whole tiles need 64 tokens")
     narrow = out_dtype.itemsize == 2 and x.dtype.itemsize == 2
     need(config.split or narrow, "whole tiles are written in 16 bits")
+    need(plan.mode != "pre" or not single, "float32 x needs `post`")
     return plan
 
 
@@ -401,6 +405,8 @@ def _body(plan: _Plan, interpret, x, codes, scale, *refs, **scratch):
                 plgpu.barrier_arrive(ready)
 
             plgpu.barrier_wait(ready)
+        if plan.spec.kind == "int":
+            scratch["magic"] = hopper.magic_word(plan.decode, interpret=interpret)
         _compute(plan, interpret, block, warpgroup, inputs, bias, out, scratch)
 
 
@@ -557,7 +563,9 @@ def _multiply(plan, interpret, warpgroup, scratch, slot, chunk, sums):
     table = scratch.get("table_smem")
     if table is not None and interpret:
         table = table[...]
-    a = hopper.fragment(words, plan.decode, rows, table, interpret=interpret)
+    a = hopper.fragment(
+        words, plan.decode, rows, table, scratch.get("magic"), interpret=interpret
+    )
     x = scratch["x_smem"].at[slot]
     x = x if plan.config.rows == 64 else x.at[:, pl.ds(chunk * 64, 64)]
     x = hopper.transpose(x)

@@ -51,14 +51,14 @@ class Config:
     smem_operand: bool = False
 
 
-TUNED: dict[tuple[int, int], tuple[int, int, int, bool]] = {
-    # (most tokens, bits): (warpgroups, tokens of a tile, rows, split)
-    (8, 8): (4, 8, 128, True),
-    (16, 8): (4, 16, 128, True),
-    (32, 8): (4, 32, 128, True),
-    (64, 8): (4, 64, 128, True),
-    (128, 8): (2, 128, 64, True),
-    (512, 8): (2, 256, 64, True),
+TUNED: dict[int, tuple[int, int, int, bool]] = {
+    # most tokens: (warpgroups, tokens of a tile, rows, split)
+    8: (4, 8, 128, True),
+    16: (4, 16, 128, True),
+    32: (4, 32, 128, True),
+    64: (4, 64, 128, True),
+    128: (2, 128, 64, True),
+    512: (2, 256, 64, True),
 }
 """By largest number of tokens; made by hand (see the module), not measured."""
 
@@ -76,19 +76,19 @@ def default(spec: WeightSpec, m: int, dtype, out_dtype, transpose: bool) -> Conf
     Returns:
       Tiles that fit shared memory.
     """
-    tokens = 3 * m if jnp.dtype(dtype) == jnp.float32 else m
-    chosen = next((v for (most, _), v in TUNED.items() if tokens <= most), None)
-    narrow = jnp.dtype(out_dtype).itemsize == 2
-    if chosen is None:
-        chosen = (2, 256, 64, not narrow or jnp.dtype(dtype) == jnp.float32)
-    warpgroups, tile, rows, split = chosen
+    single = jnp.dtype(dtype) == jnp.float32
+    if single:  # exact: sums of groups are scaled, which takes registers
+        warpgroups, tile, rows, split = 2, min(64, -(-3 * m // 8) * 8), 128, True
+    else:
+        narrow = jnp.dtype(out_dtype).itemsize == 2
+        chosen = next((v for most, v in TUNED.items() if m <= most), None)
+        warpgroups, tile, rows, split = chosen or (2, 256, 64, not narrow)
     if transpose:
         warpgroups, rows = 2, 64
-    config = Config(warpgroups, tile, rows, 1, split, post=tile <= 32)
-    most = (SHARED_BYTES - 4096 - fixed_bytes(spec, config, transpose)) // stage_bytes(
-        spec, config, transpose
-    )
-    return dataclasses.replace(config, stages=min(most, 8))
+    config = Config(warpgroups, tile, rows, 1, split, post=single or tile <= 16)
+    room = SHARED_BYTES - 4096 - fixed_bytes(spec, config, transpose)
+    stages = room // stage_bytes(spec, config, transpose)
+    return dataclasses.replace(config, stages=min(stages, 8))
 
 
 def stage_bytes(spec: WeightSpec, config: Config, transpose: bool) -> int:
