@@ -1,18 +1,21 @@
 """Decode attention on Hopper GPUs (Mosaic GPU): flash decoding over quantized blocks.
 
-The grid is (batch, key head, split), flat: the slots between the first and the last that
-a row sees are shared out evenly to `splits` thread blocks of one warpgroup each. A step
-takes `block` slots: codes, key and value together, arrive by TMA, are decoded once in
-registers to bfloat16 in shared memory, and two products over 64 query rows
-follow, with the softmax in registers between them. Query rows beyond those that share
-the key head are padding, whose results are not stored. Key scales multiply scores,
-value scales multiply weights.
+The grid is (batch, key head, split), flat: the slots between the first and the last
+that a row sees are shared out evenly to `splits` thread blocks of one warpgroup each. A
+step takes `block` slots: codes, key and value together, arrive by TMA and are decoded
+once in registers to bfloat16 in shared memory; two products over 64 query rows follow,
+with the softmax in registers between them. Query rows beyond those that share the key
+head are padding, whose results are not stored. Key scales multiply scores, value scales
+multiply weights.
 
 Every split stores a normalized result and the logarithm of its softmax sum; a second,
 ordered sum over splits makes the result independent of scheduling.
 
 4-bit codes: `codes & 15` is the key plus 8, and `(codes & -16) ^ -128`, as a signed
 byte, 16 times the value; both are exact in bfloat16.
+
+The interpreter has no product with an operand in registers: there weights go through
+shared memory.
 """
 
 import functools
@@ -108,6 +111,7 @@ def _call(p: specs.Problem, tiles: specs.Config, softcap, interpret):
         key_smem=hopper.tile((block, p.head_dim), dtype),
         value_smem=hopper.tile((block, p.head_dim), dtype),
         log_smem=plgpu.SMEM((ROWS,), jnp.float32),
+        weight_smem=hopper.tile((ROWS, block), dtype) if interpret else None,
         ready=plgpu.Barrier(num_arrivals=1),
         full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
     )
@@ -142,7 +146,7 @@ def _call(p: specs.Problem, tiles: specs.Config, softcap, interpret):
 def _body(
     p, tiles, softcap, spans, q, bounds, factor, keys, codes, scales, out, logs,
     *, q_smem, codes_smem, scale_smem, place_smem, key_smem, value_smem, log_smem,
-    ready, full,
+    weight_smem, ready, full,
 ):  # fmt: skip
     """One split of one key head of one row."""
     item = lax.axis_index("cta")
@@ -201,12 +205,18 @@ def _body(
         fade = jnp.exp2(top - new)
         total = total * fade + weight.sum(axis=1)
         weight = (weight * _down(value_scale, s.shape)).astype(q_smem.dtype)
-        mixed = mixed * _across(fade, mixed.shape)
+
+        if weight_smem is not None:
+            weight_smem[...] = weight
+            plgpu.commit_smem()
+            weight = weight_smem
 
         def mix(sums):
             plgpu.wgmma(sums, weight, value_smem)
+            return sums[...]
 
-        mixed = pl.run_state(mix)(plgpu.ACC.init(mixed))
+        more = pl.run_scoped(mix, plgpu.ACC(mixed.shape, jnp.float32))
+        mixed = mixed * _across(fade, mixed.shape) + more
         pl.when(i + tiles.stages < stop)(functools.partial(fetch, i + tiles.stages))
         return new, total, mixed
 

@@ -1,10 +1,10 @@
 """Decode attention on TPU: one pass over the codes of a layer, an online softmax.
 
 The grid is (batch, groups of key heads, blocks of slots). A step copies `[heads, block,
-row]` codes, key and value together, with the scales of its slots; all queries that share
-a key head are rows of one product, and the heads of a step, which do not depend on each
-other, fill each other's waits. Codes become bfloat16, which holds them exactly; scales stay
-outside the products: key scales multiply scores, value scales multiply weights.
+row]` codes, key and value together, with the scales of its slots. All queries that
+share a key head are rows of one product. Codes become bfloat16, which holds them
+exactly; scales stay outside the products: key scales multiply scores, value scales
+multiply weights.
 
 Blocks before the first and past the last slot that a row sees are neither copied nor
 computed: their index repeats a neighbour's, which the pipeline does not copy again.
