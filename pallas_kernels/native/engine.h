@@ -80,10 +80,9 @@ INLINE void store_codes(const B* rows, uint8_t* panel, std::integer_sequence<int
   }
 }
 
-// Byte rows at `p`, `stride` apart, to a panel [dwords][4][W]; `ahead` bytes further on
-// are what will be read soon.
+// Byte rows at `p`, `stride` apart, to a panel [dwords][4][W].
 template <int BITS>
-static void decode_codes(const uint8_t* p, int64_t stride, int64_t ahead, int64_t units,
+static void decode_codes(const uint8_t* p, int64_t stride, int64_t units,
                          int flip, uint8_t* panel) {
   constexpr int R = Unit<BITS>::kRows, PER = Unit<BITS>::kPer;
   const B turn = bset(flip);
@@ -94,7 +93,6 @@ static void decode_codes(const uint8_t* p, int64_t stride, int64_t ahead, int64_
       for (int b = 0; b < 4; ++b) {
         const uint8_t* at = p + ((u + b) * R + r) * stride;
         bool real = u + b < units;
-        if (real) PREFETCH(at + ahead);
         in[b] = load(real ? at : kZeros);
         if constexpr (BITS == 8) in[b] = bxor(in[b], turn);
       }
@@ -166,12 +164,11 @@ INLINE void store_values(const I* rows, const Table& small, const float* large,
 
 // Byte rows to a panel [rows][4][L] of float values.
 template <int BITS, Value V>
-static void decode_values(const uint8_t* p, int64_t stride, int64_t ahead, int64_t units,
+static void decode_values(const uint8_t* p, int64_t stride, int64_t units,
                           const Call& c, float* panel) {
   constexpr int R = Unit<BITS>::kRows, PER = Unit<BITS>::kPer;
   const Table small = table(c.table);
   for (int64_t u = 0; u < units; ++u, p += R * stride) {
-    for (int r = 0; r < R; ++r) PREFETCH(p + r * stride + ahead);
     for (int t = 0; t < 4; ++t, panel += L) {
       const uint8_t* at = p + t * L;
       if constexpr (V == Value::e4m3) {
@@ -220,9 +217,8 @@ static void multiply_values(const float* panel, int64_t rows, const float* x,
   }
 }
 
-using DecodeCodes = void (*)(const uint8_t*, int64_t, int64_t, int64_t, int, uint8_t*);
-using DecodeValues = void (*)(const uint8_t*, int64_t, int64_t, int64_t, const Call&,
-                              float*);
+using DecodeCodes = void (*)(const uint8_t*, int64_t, int64_t, int, uint8_t*);
+using DecodeValues = void (*)(const uint8_t*, int64_t, int64_t, const Call&, float*);
 using MultiplyCodes = void (*)(const uint8_t*, int64_t, const int32_t*, int64_t,
                                const float*, const float*, int64_t, const F*, const F*,
                                float*, int64_t);
@@ -307,26 +303,35 @@ static float shift_of(const Call& c) {
 // A strip of packed rows: where it is, padded when the matrix cuts it off.
 struct Strip {
   const uint8_t* p;
-  int64_t stride, ahead;
+  int64_t stride;
 };
 
 static Strip strip_of(const Call& c, const Block& block, int64_t column, int64_t count,
-                      int64_t ahead, uint8_t* edge) {
+                      uint8_t* edge) {
   const uint8_t* p = c.codes + block.packed * c.n + column;
-  if (count == W) return {p, c.n, ahead};
+  if (count == W) return {p, c.n};
   pad_strip(p, c.n, count, block.units * c.unit_rows, edge);
-  return {edge, W, 0};
+  return {edge, W};
 }
 
-// Bytes from a strip to the one `kAhead` strips later in the order of `forward`.
-static int64_t ahead_of(const Call& c, size_t b, int64_t column, int64_t c0, int64_t c1) {
-  constexpr int64_t kAhead = 4;
-  int64_t next = column + kAhead * W;
-  if (next < c1) return kAhead * W;
-  if (b + 1 == c.blocks.size()) return 0;
-  next = c0 + (next - c1) / W * W;
-  if (next >= c1) next = c0;
-  return (c.blocks[b + 1].packed - c.blocks[b].packed) * c.n + next - column;
+// Asks for what `forward` reads `kSpan` bytes of a row later: one strip of several asks
+// for whole spans of some of the rows, because memory likes neighbouring lines at once.
+// Inlined, or GCC takes it for a function without effect.
+INLINE void ask_ahead(const Call& c, size_t b, int64_t column, int64_t c0, int64_t c1) {
+  constexpr int64_t kSpan = 512;
+  const int64_t in_span = (column - c0) % kSpan, start = column - in_span;
+  const int64_t strips = ((start + kSpan < c1 ? kSpan : c1 - start) + W - 1) / W;
+  int64_t next = start + kSpan;
+  if (next >= c1) {
+    if (++b == c.blocks.size()) return;
+    next = c0;
+  }
+  const int64_t bytes = next + kSpan < c1 ? kSpan : c1 - next;
+  const int64_t rows = c.blocks[b].units * c.unit_rows, i = in_span / W;
+  const uint8_t* p = c.codes + c.blocks[b].packed * c.n + next;
+  for (int64_t r = rows * i / strips; r < rows * (i + 1) / strips; ++r) {
+    for (int64_t j = 0; j < bytes; j += 64) PREFETCH(p + r * c.n + j);
+  }
 }
 
 static void finish(const Call& c, const float* y, int64_t y_stride, int64_t m0, int64_t m1,
@@ -373,15 +378,15 @@ static void forward(const Call& c, int64_t m0, int64_t m1, int64_t c0, int64_t c
     const Block& block = c.blocks[b];
     for (int64_t column = c0; column < c1; column += W) {
       int64_t count = c1 - column < W ? c1 - column : W;
-      int64_t ahead = ahead_of(c, b, column, c0, c1);
-      Strip strip = strip_of(c, block, column, count, ahead, edge);
+      ask_ahead(c, b, column, c0, c1);
+      Strip strip = strip_of(c, block, column, count, edge);
       F s[4], z[4];
       load_scales(c, block.group, column, count, extra, whole, s, z);
       auto* floats = reinterpret_cast<float*>(panel);
       if (whole) {
-        codes(strip.p, strip.stride, strip.ahead, block.units, flip_of(c), panel);
+        codes(strip.p, strip.stride, block.units, flip_of(c), panel);
       } else {
-        values(strip.p, strip.stride, strip.ahead, block.units, c, floats);
+        values(strip.p, strip.stride, block.units, c, floats);
       }
       for (int64_t r = m0; r < m1;) {
         int rows = m1 - r < tile ? int(m1 - r) : tile;
@@ -413,10 +418,10 @@ static void transposed(const Call& c, int64_t m0, int64_t m1, const Block& block
   const DecodeValues values = values_decoder(c);
   for (int64_t column = 0; column < c.n; column += W) {
     int64_t count = c.n - column < W ? c.n - column : W;
-    Strip strip = strip_of(c, block, column, count, 4 * W, edge);
+    Strip strip = strip_of(c, block, column, count, edge);
     F s[4], z[4];
     load_scales(c, block.group, column, count, c.offset, false, s, z);
-    values(strip.p, strip.stride, strip.ahead, block.units, c, panel);
+    values(strip.p, strip.stride, block.units, c, panel);
     for (int64_t i = 0; i < block.rows; ++i) {
       for (int t = 0; t < 4; ++t) {
         float* at = panel + (i * 4 + t) * L;

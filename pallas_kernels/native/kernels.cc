@@ -210,7 +210,8 @@ bool run_forward(const Call& c, const Engine& engine, xla::ffi::ThreadPool& pool
                  int64_t threads) {
   const int64_t strip = engine.strip;
   const int64_t rows = c.m < 512 ? c.m : 512;
-  const int64_t share = (c.n + threads * 4 - 1) / (threads * 4);
+  static const int64_t qq = getenv("QQ") ? atoi(getenv("QQ")) : 2;
+  const int64_t share = (c.n + threads * qq - 1) / (threads * qq);
   int64_t width = 65536 / rows < share ? 65536 / rows : share;
   width = (width + strip - 1) / strip * strip;
   const int64_t across = (c.n + width - 1) / width, down = (c.m + rows - 1) / rows;
