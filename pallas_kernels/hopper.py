@@ -795,6 +795,16 @@ def tile(shape, dtype, stages=None):
     return plgpu.SMEM((*lead, *shape), dtype, transforms=transforms)
 
 
-def registers(warpgroups: int, memory: int = 40) -> int:
-    """Registers per thread of each compute warpgroup beside one that copies."""
-    return min(232, (512 - memory) // warpgroups // 8 * 8)
+MEMORY_REGISTERS = 40
+"""Registers per thread of a warpgroup that only copies."""
+
+
+def compute_registers(warpgroups: int) -> int:
+    """Registers per thread of each compute warpgroup beside one that copies.
+
+    A block starts with as many registers per thread as fit, in steps of 8, and cannot
+    have more in total afterwards: one that asks for more waits for ever.
+    """
+    count = warpgroups + 1
+    total = min(65536 // (128 * count), 248) // 8 * 8 * count
+    return min(232, (total - MEMORY_REGISTERS) // warpgroups // 8 * 8)

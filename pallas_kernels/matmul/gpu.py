@@ -387,13 +387,13 @@ def _body(plan: _Plan, interpret, x, codes, scale, *refs, **scratch):
 
     @pl.when(warpgroup == plan.config.warpgroups)
     def _copies():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(hopper.MEMORY_REGISTERS, action="decrease")
         _copy(plan, block, inputs, scratch)
 
     @pl.when(warpgroup < plan.config.warpgroups)
     def _computes():
         plgpu.set_max_registers(
-            hopper.registers(plan.config.warpgroups), action="increase"
+            hopper.compute_registers(plan.config.warpgroups), action="increase"
         )
         if table is not None:
             ready = scratch["table_ready"]
