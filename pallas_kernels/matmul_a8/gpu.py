@@ -112,7 +112,8 @@ def matmul(
     else:
         codes, scale = reference.quantize_activations(x, activation, x_scale)
     narrow = out.itemsize == 2 and out_scale is None
-    config = config or specs.gpu_default(spec, m, narrow)
+    if config is None:
+        config = specs.gpu_default(spec, m, narrow, _rest(spec, w, activation))
     plan = _plan(spec, w, codes, config, out)
     rows, columns = layout.padded(spec)
     tokens = plan.m_tiles * config.tokens
@@ -215,15 +216,6 @@ class _Plan:
         return 1 if self.single else max(1, self.config.rows // self.spec.group)
 
     @property
-    def shift(self) -> float:
-        """What a stored code lacks of the code."""
-        if self.spec.kind != "int" or self.spec.layout == layout.TAGS[1]:
-            return 0.0
-        if self.spec.bits == 4:
-            return 8.0 if self.integer else 0.0
-        return 128.0
-
-    @property
     def factor(self) -> float:
         """Sums times this are sums of codes."""
         if self.spec.bits == 8:
@@ -233,7 +225,7 @@ class _Plan:
     @property
     def offset(self) -> float:
         """Subtracted from stored codes beside `zero`."""
-        return self.spec.offset - self.shift if self.spec.kind == "int" else 0.0
+        return _offset(self.spec, self.dtype)
 
     @property
     def rest(self) -> bool:
@@ -265,6 +257,21 @@ class _Plan:
         """Most blocks that share a tile."""
         first, last = self.edges()
         return int((last - first).max())
+
+
+def _offset(spec, activation):
+    """What is still to subtract from stored codes, beside zero-points."""
+    if spec.kind != "int":
+        return 0.0
+    shift = 0.0 if spec.layout == layout.TAGS[1] else 128.0
+    if spec.bits == 4:
+        shift = 8.0 if activation == "int8" else 0.0
+    return spec.offset - shift
+
+
+def _rest(spec, w, activation):
+    """Whether sums of the activations are needed."""
+    return w.zero is not None or _offset(spec, activation) != 0
 
 
 def _plan(spec, w, x, config, out):

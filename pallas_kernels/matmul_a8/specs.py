@@ -206,34 +206,38 @@ class GpuConfig:
     operand: bool = False
 
 
-SHARED = 200 << 10
-"""Bytes of shared memory that stages may take."""
+SHARED = (227 << 10) - 2048
+"""Bytes of shared memory of a block, less what barriers take."""
 
 
-def gpu_default(spec: WeightSpec, m: int, narrow: bool) -> GpuConfig:
+def gpu_default(
+    spec: WeightSpec, m: int, narrow: bool, rest: bool = False
+) -> GpuConfig:
     """Tiles for a product on Hopper.
 
     Up to 64 rows all tokens are one tile and blocks share columns' sums; the ring holds
-    as much as fits, up to twelve steps. Above, tiles of 128 by 256 (128 by 128 for
-    groups, whose float32 sums need the registers) are written whole when the result has
-    16 bits.
+    as much as fits, up to twelve steps. Above, tiles of 128 columns are written whole
+    when the result has 16 bits: by 256 tokens; by 128 with groups, whose float32 sums
+    need the registers; by 64 with zero-points, which need a second accumulator.
 
     Args:
       spec: the weight.
       m: rows of the activations.
       narrow: whether the result has 16 bits.
+      rest: whether sums of the activations are needed.
 
     Returns:
       The tiles.
     """
-    wide = 256 if spec.group >= spec.k and spec.bits == 8 and not spec.offset else 128
-    few = m <= 64
-    tokens = ceil(m, 8) if few else min(wide, ceil(m, 64))
+    few, rows = m <= 64, ceil(spec.k, LANES)
+    single = spec.group >= spec.k
+    wide = 256 if single and spec.bits == 8 else 128
+    tokens = ceil(m, 8) if few else min(64 if rest else wide, ceil(m, 64))
     deep = 2 * LANES if few else LANES
-    rows = ceil(spec.k, LANES)
-    whole = spec.group >= rows or spec.group % deep == 0 or deep % spec.group == 0
+    whole = single or spec.group % deep == 0 or deep % spec.group == 0
     deep = deep if rows % deep == 0 and whole else LANES
-    stage = deep * tokens + deep * LANES * spec.bits // 8 + 1024
-    space = SHARED - (0 if few or not narrow else 32 << 10)
-    stages = max(2, min(12 if few else 4, space // stage))
-    return GpuConfig(tokens, 2, deep, stages, few or not narrow)
+    stage = deep * (tokens + LANES * spec.bits // 8)
+    stage += 0 if single else max(deep // spec.group, 1) * LANES * 8
+    whole_tiles = narrow and not few
+    space = SHARED - (32 << 10 if whole_tiles else 0)
+    return GpuConfig(tokens, 2, deep, min(12, space // stage), not whole_tiles)
