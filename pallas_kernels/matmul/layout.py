@@ -89,7 +89,7 @@ def unpack(weight: Weight, spec: WeightSpec) -> tuple[Weight, WeightSpec]:
     """
     if spec.layout != TAG:
         return weight, spec
-    *lead, rows, n = weight.codes.shape
+    *lead, _, n = weight.codes.shape
     blocks = weight.codes.reshape(*lead, -1, BLOCK * spec.bits // 8, n)
     code, first, shift = None, 0, 0
     for width in FIELDS[spec.bits]:

@@ -56,6 +56,8 @@ class Tuned:
 
 
 MIB = 1 << 20
+SCALES = 1 << 17
+"""Most scales of a block in the decode regime: each is a few lines of the program."""
 TUNED = {
     "v5e": Tuned(128, 64, (1024, 1024), 4 * MIB, 256, 100 * MIB),
     "v5p": Tuned(128, 64, (1024, 512), 4 * MIB, 256, 52 * MIB),
@@ -166,23 +168,29 @@ def config(
     """
     tuned = TUNED[chip]
     prefill = m > tuned.decode
-    columns = min(tuned.columns[prefill], -(-spec.n // 128) * 128)
-    rows = min(tuned.rows * (2 if transpose else 1), -(-m // 16) * 16)
-    while True:
+    widths = _halvings(min(tuned.columns[prefill], -(-spec.n // 128) * 128), 128)
+    heights = _halvings(min(tuned.rows * (2 if transpose else 1), -(-m // 16) * 16), 16)
+    if not prefill:
+        heights = heights[:1]
+        short = [
+            c for c in widths if spec.k * c <= tuned.codes and spec.groups * c <= SCALES
+        ]
+        widths = short or widths[-1:]  # a long program rather than none
+    tiles = [(heights[0], c) for c in widths]
+    tiles += [(r, c) for c in widths[-2:] for r in heights]
+    for rows, columns in tiles:
         found = Config(chip, prefill, rows, columns, tuned.vmem)
-        wide = prefill or spec.k * columns <= tuned.codes
-        if wide and vmem_bytes(spec, found, x_dtype, transpose) <= 0.9 * tuned.vmem:
+        if vmem_bytes(spec, found, x_dtype, transpose) <= 0.9 * tuned.vmem:
             return _even(found, spec)
-        if columns > 256 or (rows == 16 and columns > 128):
-            columns = (columns // 2 + 127) // 128 * 128
-        elif prefill and rows > 16:
-            rows = max(16, rows // 32 * 16)
-        elif not wide and columns == 128 and tuned.codes < spec.k * columns:
-            tuned = dataclasses.replace(tuned, codes=spec.k * columns)
-        elif columns > 128:
-            columns = 128
-        else:
-            raise KernelError(f"{spec.k} rows do not fit in VMEM ({tuned.vmem} bytes)")
+    raise KernelError(f"{spec.k} rows do not fit in VMEM ({tuned.vmem} bytes)")
+
+
+def _halvings(size, unit):
+    """`size`, about its half, and so on, in multiples of `unit`."""
+    found = [size]
+    while found[-1] > unit:
+        found.append(-(-found[-1] // (2 * unit)) * unit)
+    return found
 
 
 def _even(found, spec):
