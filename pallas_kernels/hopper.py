@@ -799,7 +799,7 @@ MEMORY_REGISTERS = 40
 """Registers per thread of a warpgroup that only copies."""
 
 
-def compute_registers(warpgroups: int) -> int:
+def registers(warpgroups: int) -> int:
     """Registers per thread of each compute warpgroup beside one that copies.
 
     A block starts with as many registers per thread as fit, in steps of 8, and cannot

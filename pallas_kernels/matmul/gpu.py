@@ -393,7 +393,7 @@ def _body(plan: _Plan, interpret, x, codes, scale, *refs, **scratch):
     @pl.when(warpgroup < plan.config.warpgroups)
     def _computes():
         plgpu.set_max_registers(
-            hopper.compute_registers(plan.config.warpgroups), action="increase"
+            hopper.registers(plan.config.warpgroups), action="increase"
         )
         if table is not None:
             ready = scratch["table_ready"]
