@@ -17,6 +17,7 @@ import functools
 import importlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -29,14 +30,15 @@ from qjax.pallas_kernels.weights import KernelError, Weight, WeightSpec
 from qjax.tensor import LayoutTensor, QuantizedTensor
 from qjax.wrappers import LayerOf
 
-_ROOM = "qjax.pallas_kernels.matmul"
+_ROOM = "qjax.pallas_kernels"
 KINDS = {"tpu": "tpu", "gpu": "gpu", "native": "cpu"}
 """Kernel backends and the module that holds each."""
 
 
-def module(name: str) -> Any:
+def module(name: str, activation: str | None = None) -> Any:
     """The kernel module of a backend, imported when first asked for."""
-    return importlib.import_module(f"{_ROOM}.{KINDS[name]}")
+    room = "matmul" if activation is None else "matmul_a8"
+    return importlib.import_module(f"{_ROOM}.{room}.{KINDS[name]}")
 
 
 def kernel_spec(q: Any) -> WeightSpec | str:
@@ -100,23 +102,46 @@ def _wide(leaf, q, spec):
     return jnp.broadcast_to(leaf, shape)
 
 
-def obstacle(name: str, m: int, q: Any, dtype: Any, transpose: bool) -> str | None:
+def obstacle(
+    name: str,
+    m: int,
+    q: Any,
+    dtype: Any,
+    transpose: bool = False,
+    activation: str | None = None,
+) -> str | None:
     """Why a kernel backend cannot compute a product, or None when it can."""
     q = q.base if isinstance(q, LayerOf) else q
     spec = kernel_spec(q)
     if isinstance(spec, str):
         return spec
     try:
-        kernel = module(name)
+        kernel = module(name, activation)
     except ModuleNotFoundError as e:
         return str(e)
-    return kernel.obstacle(spec, m, dtype, transpose=transpose)
+    if name == "native" and spec.kind == "int" and not activation and _exact(dtype):
+        return "float32 precision was asked for; its activations have 16 bits"
+    options = {"activation": activation} if activation else {"transpose": transpose}
+    return kernel.obstacle(spec, m, dtype, **options)
+
+
+def _exact(dtype: Any) -> bool:
+    """Whether `jax.default_matmul_precision` asks for float32 products of float32."""
+    precision = jax.config.jax_default_matmul_precision
+    return dtype == jnp.float32 and precision in ("float32", "highest", "F32_F32_F32")
 
 
 def run_kernel(
-    name: str, x: Float[Array, "m k"], q: Any, transpose: bool
+    name: str,
+    x: Float[Array, "m k"],
+    q: Any,
+    transpose: bool,
+    activation: str | None = None,
 ) -> Float[Array, "m n"]:
     """`x W` or `x W^T` by a kernel, without obstacle.
+
+    With `activation`, `x` is rounded to that dtype by the kernel, or holds codes of it
+    whose scale is left to the caller; the product of codes is float32.
 
     Raises:
       SpecError: the arrays of `q` do not fit each other.
@@ -126,9 +151,15 @@ def run_kernel(
     spec = kernel_spec(q)
     assert isinstance(spec, WeightSpec)  # `obstacle` was asked
     divisor, offset = getattr(q, "global_scale", None), getattr(q, "offset", None)
-    plain = divisor is None and offset is None
+    coded = activation is not None and x.dtype == jnp.dtype(activation)
+    wide = divisor is not None or offset is not None or coded
     # The product before NVFP4's divisor can be beyond float16.
-    call = functools.partial(_call, name, transpose, x.dtype if plain else jnp.float32)
+    dtype = jnp.float32 if wide else x.dtype
+    options: dict[str, Any] = {"out_dtype": dtype, "transpose": transpose}
+    if activation is not None:
+        options = {"out_dtype": dtype, "activation": activation}
+        options |= {"x_scale": 1.0} if coded else {}
+    call = functools.partial(_call, module(name, activation), tuple(options.items()))
     try:
         y = partitioned(call, x, kernel_weight(q, spec), spec, layer, transpose)
     except KernelError as error:
@@ -138,10 +169,8 @@ def run_kernel(
     if offset is not None:
         offset = offset if layer is None else offset[layer]
         y = y + jnp.sum(x.astype(jnp.float32), 1, keepdims=True) * offset
-    return y.astype(x.dtype)
+    return y if coded else y.astype(x.dtype)
 
 
-def _call(name, transpose, out_dtype, x, weight, spec, layer):
-    return module(name).matmul(
-        x, weight, spec, layer=layer, transpose=transpose, out_dtype=out_dtype
-    )
+def _call(kernel, options, x, weight, spec, layer):
+    return kernel.matmul(x, weight, spec, layer=layer, **dict(options))

@@ -14,7 +14,7 @@ run along the sharded axis as well and XLA then moves blocks between devices; in
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from qjax.errors import SpecError, UnsupportedError
-from qjax.ops import device
+from qjax.ops import activations, device
 from qjax.ops.blocks import materialize_scale, same_variance
 from qjax.ops.prepack import Prepacked
 from qjax.ops.product import (
@@ -55,8 +55,10 @@ def matmul(
     w: Float[Array, "in out"] | QuantizedTensor,
     *,
     backend: str | None = None,
+    activation: str | None = None,
+    x_scale: Any = None,
 ) -> Float[Array, "*batch out"]:
-    """Multiplies activations by a weight: `y = x W`.
+    """Multiplies activations by a weight: `y = x W`, or `y = round(x) W`.
 
     Differentiable in `x` and in every float leaf of `w` (scales, zero-points, learned
     tables, outlier values, low-rank factors); integer leaves have float0 gradients.
@@ -68,6 +70,10 @@ def matmul(
       backend: None picks; the names in `qjax.ops.product.BACKENDS` (`"tpu"`,
         `"gpu"`, `"native"`, `"cpu"`, `"xla"`) are described there;
         `"reference"` is `x @ w.dequantize()`, for comparison.
+      activation: round the activations to `"int8"` or `"float8_e4m3fn"`, one scale per
+        row (W8A8, W4A8); the gradient passes straight through. None keeps them.
+      x_scale: static scale of the rounded activations instead, float32, a scalar or one
+        per row; it has no gradient.
 
     Returns:
       `[*batch, out]` in the dtype of `x`.
@@ -81,21 +87,29 @@ def matmul(
     """
     x = jnp.asarray(x)
     _check(x.shape, x.dtype, w, backend)
+    activations.check(activation, x_scale)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if isinstance(w, QuantizedTensor) and backend == "reference":
-        y = dense_product(flat, w.dequantize(jnp.float32), False)
+        dense = w.dequantize(jnp.float32)
+        y = _apply(flat, dense, False, How(None, activation, x_scale))
     else:
-        y = _apply(flat, w, False, backend)
+        y = _apply(flat, w, False, How(backend, activation, x_scale))
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
-def explain(x_shape: tuple[int, ...], w: Any, dtype: Any = jnp.float32) -> str:
+def explain(
+    x_shape: tuple[int, ...],
+    w: Any,
+    dtype: Any = jnp.float32,
+    activation: str | None = None,
+) -> str:
     """Says which backend `matmul` would run on the default platform, and why.
 
     Args:
       x_shape: shape of the activations.
       w: the weight.
       dtype: dtype of the activations.
+      activation: what they are rounded to, as in `matmul`.
 
     Returns:
       One line, for example `cpu: decodes rows ... (1 row of x, int4-g128)`.
@@ -115,11 +129,19 @@ def explain(x_shape: tuple[int, ...], w: Any, dtype: Any = jnp.float32) -> str:
     m = math.prod(x_shape[:-1])
     platform = device.platform()
     q = jax.eval_shape(_float_scale, w)
+    rounded = ""
+    if activation is not None:
+        args = (m, q, jnp.dtype(dtype), activation, transpose)
+        kernel, reason = activations.choose(*args)
+        if kernel:
+            summary = BACKENDS[kernel].summary
+            return f"{kernel}: {summary}, activations {activation} ({w.format.name})"
+        rounded = f", activations {activation} as floats: {reason}"
     name, refused = choose(platform, m, q, jnp.dtype(dtype), transpose)
     because = "".join(f"; not {other}: {why}" for other, why in refused)
     count = f"{m} row{'' if m == 1 else 's'} of x"
-    summary = BACKENDS[name].summary
-    return f"{name}: {summary} ({count}, {w.format.name}{via}, {platform}{because})"
+    what = f"{count}, {w.format.name}{via}, {platform}{because}{rounded}"
+    return f"{name}: {BACKENDS[name].summary} ({what})"
 
 
 def _check(shape, dtype, w, backend):
@@ -140,24 +162,38 @@ def _check(shape, dtype, w, backend):
         )
 
 
-def _apply(x, w: Any, transpose, backend):
+class How(NamedTuple):
+    """How rows are multiplied by a weight inside its wrappers."""
+
+    backend: str | None = None
+    activation: str | None = None
+    x_scale: Any = None
+
+
+def _apply(x, w: Any, transpose, how: How):
     """`x W` or `x W^T` for rows of `x`; unwraps wrappers."""
     if not isinstance(w, QuantizedTensor):
+        if how.activation is not None:
+            x = activations.straight_through(x, how.activation, how.x_scale)
         return array_product(x, w, transpose)
     if isinstance(w, Packed):
         q = _float_scale(w)
         if x.shape[0] == 0 or not q.size:
             return jnp.zeros((x.shape[0], q.matrix[0 if transpose else 1]), x.dtype)
         x, q = same_variance((x, q))
-        return product(x, q, transpose, backend)
+        if how.activation is None:
+            return product(x, q, transpose, how.backend)
+        return activations.rounded_product(
+            x, q, how.x_scale, transpose, how.activation, how.backend
+        )
     if isinstance(w, Transposed):
-        return _apply(x, w.base, not transpose, backend)
+        return _apply(x, w.base, not transpose, how)
     if isinstance(w, LowRank):
-        y = _apply(x, w.base, transpose, backend)
+        y = _apply(x, w.base, transpose, how)
         first, second = (w.b.T, w.a.T) if transpose else (w.a, w.b)
         return y + dense_product(dense_product(x, first, False), second, False)
     if isinstance(w, WithOutliers):
-        y = _apply(x, w.base, transpose, backend)
+        y = _apply(x, w.base, transpose, how)
         source, target = (w.cols, w.rows) if transpose else (w.rows, w.cols)
         return _add_outliers(y, x, w.values, source, target)
     if not isinstance(w, InputScaled | Permuted | Rotated):
@@ -166,8 +202,8 @@ def _apply(x, w: Any, transpose, backend):
         )
     before, after = _sides(w)
     if transpose:
-        return after(_apply(x, w.base, True, backend))
-    return _apply(before(x), w.base, False, backend)
+        return after(_apply(x, w.base, True, how))
+    return _apply(before(x), w.base, False, how)
 
 
 def _float_scale(w):

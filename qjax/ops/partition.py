@@ -26,6 +26,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from qjax.ops.blocks import same_variance
 from qjax.pallas_kernels.weights import Weight, WeightSpec
 
 
@@ -47,15 +48,11 @@ def partitioned(
       layer: int32 scalar or None.
       transpose: whether `n` is the contracted axis.
     """
-    names = [
-        name
-        for name, leaf in zip(Weight._fields, weight, strict=True)
-        if leaf is not None
-    ]
-    leaves = [getattr(weight, name) for name in names]
-    split = _Split(call, spec, tuple(names), layer is not None, transpose)
-    operands = [x, *leaves] + ([layer] if layer is not None else [])
-    return _mapped(split)(*operands)
+    present = {k: v for k, v in weight._asdict().items() if v is not None}
+    split = _Split(call, spec, tuple(present), layer is not None, transpose)
+    operands = [x, *present.values()] + ([] if layer is None else [layer])
+    y = _mapped(split)(*operands)
+    return same_variance((y, *operands))[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +100,8 @@ def _spread(split: _Split) -> Callable[..., Array]:
     """Adds the rule for programs on several devices."""
     if jax.device_count() == 1:
         return split.local(split.spec)
-    run = custom_partitioning(split.local(split.spec))
+    # jit keeps constants of the kernel to itself, which this rule cannot take.
+    run = custom_partitioning(jax.jit(split.local(split.spec)))
     lead = "l " if split.stacked else ""
     k, n = ("n", "k") if split.transpose else ("k", "n")
     packed = {"codes": "p", "scale": "g", "zero": "g"}

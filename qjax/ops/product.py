@@ -118,16 +118,16 @@ def product(x, q, transpose, backend):
                 f"matmul: backend {backend!r} cannot multiply {list(x.shape)} by "
                 f"{q!r}: {reason}; use backend=None"
             )
-        _log(x, q, transpose, backend)
+        log(x, q, transpose, backend)
         return BACKENDS[backend].run(x, q, transpose)
     # Programs can be compiled for a platform other than the one they are traced for;
     # of accelerators, only the one that is traced for has its kernels chosen.
     keys = {"cpu", "default", device.platform()} & set(PREFERENCE)
     names = {key: choose(key, m, q, dtype, transpose)[0] for key in sorted(keys)}
     if len(set(names.values())) == 1:
-        _log(x, q, transpose, names["default"])
+        log(x, q, transpose, names["default"])
         return BACKENDS[names["default"]].run(x, q, transpose)
-    _log(x, q, transpose, ", ".join(f"{v} on {k}" for k, v in names.items()))
+    log(x, q, transpose, ", ".join(f"{v} on {k}" for k, v in names.items()))
 
     def run(name):
         return lambda x, q: BACKENDS[name].run(x, q, transpose)
@@ -135,7 +135,8 @@ def product(x, q, transpose, backend):
     return lax.platform_dependent(x, q, **{k: run(v) for k, v in names.items()})
 
 
-def _log(x, q, transpose, what):
+def log(x, q, transpose, what):
+    """Notes what a product of a program will run."""
     turned = " transposed" if transpose else ""
     logger.debug("matmul x=%s w=%r%s: %s", list(x.shape), q, turned, what)
 
@@ -160,10 +161,15 @@ def _backward(transpose, backend, residuals, dy):
     x, q = residuals
     dx = product(dy, q, not transpose, None)
     a, b = (dy, x) if transpose else (x, dy)
+    return dx, leaf_gradients(a, b, q)
+
+
+def leaf_gradients(a, b, q):
+    """`blocked.leaf_gradients` of anything that backends multiply by."""
     if isinstance(q, LayoutTensor):
-        return dx, blocked.leaf_gradients(a, b, q)
+        return blocked.leaf_gradients(a, b, q)
     one, pull = jax.vjp(cut, q)  # zeros in a stack's other layers
-    return dx, pull(blocked.leaf_gradients(a, b, one))[0]
+    return pull(blocked.leaf_gradients(a, b, one))[0]
 
 
 product.defvjp(_forward, _backward)

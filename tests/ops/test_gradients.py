@@ -27,7 +27,7 @@ DIFFERENT = (
 )
 
 
-def compare(got, want, tolerance=1e-4):
+def compare(got, want, tolerance=1e-3):
     """Equal trees of gradients; float8 gradients are too coarse to compare."""
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -50,7 +50,7 @@ def want_dtype(tree):
 def gradients(x, w, backend=None):
     def loss(x, w):
         y = matmul(x, w, backend=backend).astype(jnp.float32)
-        return jnp.sum(jnp.sin(y))
+        return jnp.sum(jnp.sin(0.05 * y))
 
     return jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))(x, w)
 

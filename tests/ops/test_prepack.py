@@ -44,12 +44,12 @@ def test_products_and_gradients_are_the_same(name):
         *zip(wrap(packed).values(), wrap(q).values(), strict=True),
     ):
         x = random((3, plain.shape[0]), 2)
-        close = dict(rtol=2e-5, atol=2e-5)
+        close = dict(rtol=1e-4, atol=2e-3)
         y, expected = matmul(x, wrapped), x @ plain.dequantize()
         np.testing.assert_allclose(y, expected, **close)
         dx = jax.grad(lambda x, w=wrapped: jnp.sum(matmul(x, w) ** 2))(x)
         expected = jax.grad(lambda x, w=plain: jnp.sum(matmul(x, w) ** 2))(x)
-        np.testing.assert_allclose(dx, expected, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(dx, expected, rtol=1e-3, atol=1e-1)
 
 
 def test_layers_of_a_prepacked_stack():
@@ -59,7 +59,7 @@ def test_layers_of_a_prepacked_stack():
     x = random((2, 96), 2)
     for i in range(3):
         y = jax.jit(lambda i: matmul(x, layer_of(packed, i)))(jnp.int32(i))
-        np.testing.assert_allclose(y, x @ stack[i].dequantize(), rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(y, x @ stack[i].dequantize(), rtol=1e-4, atol=2e-3)
 
 
 def test_explain_asks_for_it():

@@ -1,0 +1,92 @@
+"""Products with activations rounded to 8 bits, through every wrapper and backend."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qjax.errors import SpecError, UnsupportedError
+from qjax.ops import explain, matmul
+from qjax.pallas_kernels.matmul_a8.reference import quantize_activations
+
+from .conftest import random, weight, wrap
+
+
+def rounded(x, activation, scale=None):
+    codes, scale = quantize_activations(x, activation, scale)
+    return codes.astype(jnp.float32) * scale
+
+
+def close(got, want, tolerance=2e-5):
+    scale = float(jnp.max(jnp.abs(want)))
+    np.testing.assert_allclose(got, want, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize(
+    "name", ["int4-g32", "int8-channel", "int3-g32", "nf4", "mxfp4"]
+)
+@pytest.mark.parametrize("activation", ["int8", "float8_e4m3fn"])
+def test_is_the_product_of_rounded_activations(name, activation):
+    q = weight(name)
+    for rows in (1, 5):
+        x = random((rows, 96), 2)
+        for scale in (None, jnp.float32(0.02)):
+            y = matmul(x, q, activation=activation, x_scale=scale)
+            want = rounded(x, activation, scale) @ q.dequantize()
+            tolerance = 2e-5 if activation == "int8" else 1e-4
+            close(y, want, tolerance)
+
+
+def test_wrappers_round_what_the_base_is_multiplied_by():
+    q = weight("int4-g32")
+    x = random((3, 96), 2)
+    w = wrap(q)["scaled"]
+    want = rounded(x * w.s, "int8") @ q.dequantize()
+    close(matmul(x, w, activation="int8"), want)
+    back = wrap(q)["transposed"]
+    x = random((3, 40), 2)
+    close(
+        matmul(x, back, activation="int8"), rounded(x, "int8") @ q.dequantize().T, 1e-4
+    )
+
+
+def test_gradient_passes_straight_through():
+    q = weight("int4-g32")
+    x = random((3, 96), 2)
+
+    def loss(x, q):
+        return jnp.sum(matmul(x, q, activation="int8"))
+
+    dx, dq = jax.grad(loss, argnums=(0, 1), allow_int=True)(x, q)
+    close(dx, jnp.ones((3, 40)) @ q.dequantize().T, 1e-4)
+    used = rounded(x, "int8")
+
+    def exact(scale):
+        return jnp.sum(used @ dataclasses.replace(q, scale=scale).dequantize())
+
+    close(dq.scale, jax.grad(exact)(q.scale), 1e-4)
+
+
+def test_dense_weights_too():
+    x, w = random((3, 96), 2), random((96, 40), 1)
+    close(matmul(x, w, activation="int8"), rounded(x, "int8") @ w)
+    dx = jax.grad(lambda x: jnp.sum(matmul(x, w, activation="int8")))(x)
+    close(dx, jnp.ones((3, 40)) @ w.T)
+
+
+def test_explain_says_what_rounds():
+    assert explain((1, 96), weight("int4-g32"), activation="int8").startswith("native")
+    text = explain((1, 96), weight("nf4"), activation="int8")
+    assert "activations int8 as floats" in text and "not integers" in text
+
+
+def test_messages():
+    q, x = weight("nf4"), random((1, 96), 2)
+    with pytest.raises(SpecError, match="activation is 'int4', expected None"):
+        matmul(x, q, activation="int4")
+    with pytest.raises(SpecError, match="x_scale is given, but activation is None"):
+        matmul(x, q, x_scale=jnp.float32(1))
+    with pytest.raises(UnsupportedError, match=r"backend 'native' cannot .*int8"):
+        matmul(x, q, activation="int8", backend="native")
