@@ -151,6 +151,7 @@ def _body(
     """One split of one key head of one row."""
     item = lax.axis_index("cta")
     split = lax.rem(item, tiles.splits)
+    wide = min(128, p.head_dim)  # the result is kept in parts: registers are few
     head = item // tiles.splits
     row = head // p.kv_heads
     first, last = spans[row, 0], spans[row, 1]
@@ -199,6 +200,7 @@ def _body(
         spread = _down(place, s.shape)
         seen = (spread <= _across(high, s.shape)) & (spread >= _across(low, s.shape))
         top, total, mixed = carry
+        mixed = list(mixed)
         s = jnp.where(seen, s * LOG2E, MASKED)
         new = jnp.maximum(top, s.max(axis=1))
         weight = jnp.where(seen, jnp.exp2(s - _across(new, s.shape)), 0.0)
@@ -211,25 +213,29 @@ def _body(
             plgpu.commit_smem()
             weight = weight_smem
 
-        def mix(sums):
-            plgpu.wgmma(sums, weight, value_smem)
+        def mix(part, sums):
+            columns = pl.ds(part * wide, wide)
+            plgpu.wgmma(sums, weight, value_smem.at[:, columns])
             return sums[...]
 
-        more = pl.run_scoped(mix, plgpu.ACC(mixed.shape, jnp.float32))
-        mixed = mixed * _across(fade, mixed.shape) + more
+        for part, before in enumerate(mixed):
+            sums = plgpu.ACC(before.shape, jnp.float32)
+            more = pl.run_scoped(functools.partial(mix, part), sums)
+            mixed[part] = before * _across(fade, before.shape) + more
         pl.when(i + tiles.stages < stop)(functools.partial(fetch, i + tiles.stages))
         return new, total, mixed
 
     zeros = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
     none = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), ROW)
-    blank = jnp.zeros((ROWS, p.head_dim), jnp.float32)
+    blank = jnp.zeros((ROWS, wide), jnp.float32)
     blank = plgpu.layout_cast(blank, plgpu.Layout.WGMMA)
-    top, total, mixed = lax.fori_loop(start, stop, step, (none, zeros, blank))
+    blanks = [blank] * (p.head_dim // wide)
+    top, total, mixed = lax.fori_loop(start, stop, step, (none, zeros, blanks))
     share = jnp.where(total == 0.0, 1.0, total)
-    mixed = mixed * _across(1.0 / share, mixed.shape)
-    if p.kind == "int4":
-        mixed = mixed * (1.0 / 16.0)
-    q_smem[...] = mixed.astype(q_smem.dtype)
+    inverse = (1.0 / 16.0 if p.kind == "int4" else 1.0) / share
+    for part, result in enumerate(mixed):
+        result = result * _across(inverse, result.shape)
+        q_smem[:, pl.ds(part * wide, wide)] = result.astype(q_smem.dtype)
     log_smem[...] = top + jnp.log2(share)
     plgpu.commit_smem()
     kept = -(-p.rows // 8) * 8
@@ -243,15 +249,16 @@ def _decode(p, codes, key, value):
     dtype = key.dtype
     upcast = plgpu.Layout.WGMMA_UPCAST_2X
 
-    def put(x, target):
+    def put(x, target, offset=0):
         if p.kind == "float8_e4m3fn":  # the instruction gives float16, exactly
             x = x.astype(jnp.float16).astype(jnp.float32)
         x = x.astype(dtype)
+        x = x - offset if offset else x
         target[...] = plgpu.layout_cast(x, plgpu.Layout.WGMMA)
 
     if p.kind == "int4":
         both = versions.load(codes, upcast)
-        put(both & jnp.int8(15), key)
+        put(both & jnp.int8(15), key, 8)
         put((both & jnp.int8(-16)) ^ jnp.int8(-128), value)
         return
     for half, target in enumerate((key, value)):
