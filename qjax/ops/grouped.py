@@ -23,11 +23,20 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from qjax.errors import SpecError, UnsupportedError
-from qjax.ops import windows
+from qjax.ops import device, grouped_kernels, windows
 from qjax.ops.blocks import materialize_scale, same_variance
-from qjax.ops.product import product
+from qjax.ops.prepack import Prepacked
+from qjax.ops.product import Packed, cut, product
 from qjax.tensor import LayoutTensor, QuantizedTensor
-from qjax.wrappers import InputScaled, LowRank, Permuted, Rotated, Transposed, hadamard
+from qjax.wrappers import (
+    InputScaled,
+    LayerOf,
+    LowRank,
+    Permuted,
+    Rotated,
+    Transposed,
+    hadamard,
+)
 
 logger = logging.getLogger("qjax.ops")
 
@@ -50,23 +59,39 @@ class Backend:
         or None.
       run: `(x [m, k], group_sizes, weight, transpose)` to the product in the dtype of
         `x`.
+      gated: `(x, group_sizes, gate, up, activation)` to the gated form in one pass, or
+        None.
     """
 
     summary: str
-    obstacle: Callable[[int, Any, LayoutTensor, bool], str | None]
-    run: Callable[[Array, Array, LayoutTensor, bool], Array]
+    obstacle: Callable[[int, Any, Packed, bool], str | None]
+    run: Callable[[Array, Array, Packed, bool], Array]
+    gated: Callable[[Array, Array, Packed, Packed, str], Array] | None = None
 
 
 def _run_windows(x, group_sizes, q, transpose):
     columns = q.matrix[0 if transpose else 1]
+    stack, first, _ = grouped_kernels.flat(q)
 
-    def apply(rows, weight):
-        return product(rows, weight, transpose, None)
+    def apply(rows, expert) -> Any:
+        expert = expert if first is None else expert + first
+        return product(rows, LayerOf(stack, expert), transpose, None)
 
-    return windows.walk(x, group_sizes, columns, x.dtype, apply, q)
+    return windows.walk(x, group_sizes, columns, x.dtype, apply, stack)
+
+
+def _kernel(name, summary):
+    return Backend(
+        summary,
+        functools.partial(grouped_kernels.obstacle, name),
+        functools.partial(grouped_kernels.run, name),
+        functools.partial(grouped_kernels.run_gated, name),
+    )
 
 
 BACKENDS: dict[str, Backend] = {
+    "tpu": _kernel("tpu", "Pallas kernel over the experts that have rows"),
+    "gpu": _kernel("gpu", "Pallas Mosaic GPU kernel over the experts that have rows"),
     "windows": Backend(
         "multiplies windows of rows by one expert at a time",
         lambda m, dtype, q, transpose: None,
@@ -75,7 +100,11 @@ BACKENDS: dict[str, Backend] = {
 }
 """Backends by name."""
 
-PREFERENCE: dict[str, tuple[str, ...]] = {"default": ("windows",)}
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "tpu": ("tpu", "windows"),
+    "cuda": ("gpu", "windows"),
+    "default": ("windows",),
+}
 """Backends to try in order, by platform."""
 
 
@@ -173,10 +202,10 @@ def grouped_gate_up(
     x, group_sizes = jnp.asarray(x), jnp.asarray(group_sizes)
     for w in (gate, up):
         _check("grouped_gate_up", x, group_sizes, w, backend)
-    if tuple(gate.shape) != tuple(up.shape):
+    if _shape(gate) != _shape(up):
         raise SpecError(
-            f"grouped_gate_up: gate has shape {list(gate.shape)} and up "
-            f"{list(up.shape)}, expected equal shapes"
+            f"grouped_gate_up: gate has shape {list(_shape(gate))} and up "
+            f"{list(_shape(up))}, expected equal shapes"
         )
     if activation not in ACTIVATIONS:
         names = ", ".join(map(repr, ACTIVATIONS))
@@ -227,7 +256,7 @@ def gated_experts(
             f"{list(expert_ids.shape)} and weights {list(weights.shape)}, expected "
             "[tokens, in], [tokens, top] and [tokens, top]"
         )
-    order, sizes, inverse = sort_by_expert(expert_ids, gate.shape[0])
+    order, sizes, inverse = sort_by_expert(expert_ids, _shape(gate)[0])
     rows = jnp.take(x, order // top, axis=0) if x.shape[0] else x
     hidden = grouped_gate_up(
         rows, sizes, gate, up, activation=activation, backend=backend
@@ -250,16 +279,27 @@ def explain_grouped(rows: int, w: Any, dtype: Any = jnp.float32) -> str:
       One line.
     """
     transpose = False
-    while isinstance(w, QuantizedTensor) and not isinstance(w, LayoutTensor):
+    while isinstance(w, QuantizedTensor) and not isinstance(w, Packed):
         transpose ^= isinstance(w, Transposed)
         w = w.base  # pyright: ignore[reportAttributeAccessIssue]
     if not isinstance(w, QuantizedTensor):
         return f"dense: lax.ragged_dot with a {w.dtype} array"
-    platform = jax.default_backend()
-    name, refused = choose(platform, rows, dtype, w, transpose)
+    platform = device.platform()
+    packed: Any = w
+    name, refused = choose(platform, rows, dtype, packed, transpose)
     because = "".join(f"; not {other}: {why}" for other, why in refused)
     summary = BACKENDS[name].summary
     return f"{name}: {summary} ({rows} rows, {w.format.name}, {platform}{because})"
+
+
+def _shape(w):
+    """Shape `[experts, in, out]` of a weight, also of a layer of a stack of them."""
+    if isinstance(w, LayerOf):
+        return (*w.base.shape[1:-2], *w.matrix)
+    if isinstance(w, QuantizedTensor) and not isinstance(w, Packed):
+        base = w.base  # pyright: ignore[reportAttributeAccessIssue]
+        return (*_shape(base)[:-2], *w.matrix)
+    return tuple(w.shape)
 
 
 def _check(name, x, group_sizes, w, backend):
@@ -267,16 +307,17 @@ def _check(name, x, group_sizes, w, backend):
         raise SpecError(
             f"{name}: x has dtype {x.dtype}, expected a float dtype; cast it first"
         )
-    if x.ndim != 2 or w.ndim != 3 or x.shape[-1] != w.shape[1]:
+    shape = _shape(w)
+    if x.ndim != 2 or len(shape) != 3 or x.shape[-1] != shape[1]:
         raise SpecError(
-            f"{name}: x has shape {list(x.shape)} and w {list(w.shape)}, expected "
+            f"{name}: x has shape {list(x.shape)} and w {list(shape)}, expected "
             "[m, in] and [experts, in, out] with equal `in`"
         )
     integer = jnp.issubdtype(group_sizes.dtype, jnp.integer)
-    if not integer or group_sizes.shape != (w.shape[0],):
+    if not integer or group_sizes.shape != (shape[0],):
         raise SpecError(
             f"{name}: group_sizes is {group_sizes.dtype}{list(group_sizes.shape)}, "
-            f"expected integers [{w.shape[0]}], one per expert"
+            f"expected integers [{shape[0]}], one per expert"
         )
     if backend is not None and backend not in (*BACKENDS, "reference"):
         names = ", ".join(map(repr, (*BACKENDS, "reference")))
@@ -285,18 +326,18 @@ def _check(name, x, group_sizes, w, backend):
         )
 
 
-def _product(x, group_sizes, w, backend):
+def _product(x, group_sizes, w, backend) -> Array:
     if isinstance(w, QuantizedTensor) and backend == "reference":
         return _dense(x, group_sizes, w.dequantize(jnp.float32), False)
     return _apply(x, group_sizes, w, False, backend)
 
 
-def _apply(x, group_sizes, w: Any, transpose, backend):
+def _apply(x, group_sizes, w: Any, transpose, backend) -> Array:
     """The grouped product of rows; unwraps wrappers onto rows."""
     if not isinstance(w, QuantizedTensor):
         return _dense(x, group_sizes, w, transpose)
-    if isinstance(w, LayoutTensor):
-        q = materialize_scale(w)
+    if isinstance(w, Packed):
+        q = _float_scale(w)
         if x.shape[0] == 0 or not q.size:
             return jnp.zeros((x.shape[0], q.matrix[0 if transpose else 1]), x.dtype)
         x, group_sizes, q = same_variance((x, group_sizes, q))
@@ -318,6 +359,13 @@ def _apply(x, group_sizes, w: Any, transpose, backend):
         y = _apply(x, group_sizes, w.base, True, backend)
         return _rowwise(y, w, expert, True)
     return _apply(_rowwise(x, w, expert, False), group_sizes, w.base, False, backend)
+
+
+def _float_scale(w):
+    """Decodes a nested scale, which no backend reads; that of a layer, out of it."""
+    if isinstance(w, LayerOf):
+        return cut(w) if isinstance(w.base.scale, QuantizedTensor) else w
+    return w if isinstance(w, Prepacked) else materialize_scale(w)
 
 
 def _rowwise(x, w, expert, after):
@@ -355,7 +403,7 @@ def _dense(x, group_sizes, w, transpose):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _packed(x, group_sizes, q, transpose, backend):
+def _packed(x, group_sizes, q, transpose, backend) -> Any:
     """The grouped product with a stacked packed matrix or its transpose."""
     m = x.shape[0]
     if backend is not None:
@@ -366,20 +414,33 @@ def _packed(x, group_sizes, q, transpose, backend):
                 f"by {q!r}: {reason}; use backend=None"
             )
         return BACKENDS[backend].run(x, group_sizes, q, transpose)
-    names = {key: choose(key, m, x.dtype, q, transpose)[0] for key in PREFERENCE}
+    names = _names(m, x.dtype, q, transpose)
     logger.debug("grouped_matmul x=%s w=%r: %s", list(x.shape), q, names)
 
     def run(name):
         return lambda x, sizes, q: BACKENDS[name].run(x, sizes, q, transpose)
 
+    return _by_platform(names, run, x, group_sizes, q)
+
+
+def _names(m, dtype, q, transpose):
+    """What runs on each platform that the program may be compiled for.
+
+    Of accelerators, only the one that is traced for has its kernels chosen.
+    """
+    keys = {"default", device.platform()} & set(PREFERENCE)
+    return {key: choose(key, m, dtype, q, transpose)[0] for key in sorted(keys)}
+
+
+def _by_platform(names, run, *operands):
     if len(set(names.values())) == 1:
-        return run(names["default"])(x, group_sizes, q)
+        return run(names["default"])(*operands)
     branches = {key: run(name) for key, name in names.items()}
-    return lax.platform_dependent(x, group_sizes, q, **branches)
+    return lax.platform_dependent(*operands, **branches)
 
 
 def choose(
-    platform: str, m: int, dtype: Any, q: LayoutTensor, transpose: bool
+    platform: str, m: int, dtype: Any, q: Packed, transpose: bool
 ) -> tuple[str, list[tuple[str, str]]]:
     """First backend without obstacle, and the reasons of those before it."""
     refused = []
@@ -401,7 +462,12 @@ def _packed_backward(transpose, backend, residuals, dy):
     x, group_sizes, q = residuals
     dx = _packed(dy, group_sizes, q, not transpose, None)
     a, b = (dy, x) if transpose else (x, dy)
-    return dx, _no_gradient(group_sizes), windows.leaf_gradients(a, b, group_sizes, q)
+    if isinstance(q, LayoutTensor):
+        grads = windows.leaf_gradients(a, b, group_sizes, q)
+    else:
+        one, pull = jax.vjp(cut, q)  # zeros in a stack's other layers
+        grads = pull(windows.leaf_gradients(a, b, group_sizes, one))[0]
+    return dx, _no_gradient(group_sizes), grads
 
 
 _packed.defvjp(_packed_forward, _packed_backward)
@@ -412,12 +478,59 @@ def _no_gradient(leaf):
 
 
 def _gated(activation, backend, x, group_sizes, gate, up):
-    """Both products; recomputed in the gradient."""
+    """The gated form: one pass where a kernel can, else two products."""
+    plain = all(isinstance(w, Packed) for w in (gate, up))
+    if not plain or backend == "reference" or not x.shape[0]:
+        return _two(activation, backend, x, group_sizes, gate, up)
+    gate, up = _float_scale(gate), _float_scale(up)
+    x, group_sizes, gate, up = same_variance((x, group_sizes, gate, up))
+    return _fused(x, group_sizes, gate, up, activation, backend)
 
-    @jax.checkpoint
-    def run(x, group_sizes, gate, up):
-        g = _product(x, group_sizes, gate, backend).astype(jnp.float32)
-        u = _product(x, group_sizes, up, backend).astype(jnp.float32)
-        return (ACTIVATIONS[activation](g) * u).astype(x.dtype)
 
-    return run(x, group_sizes, gate, up)
+@functools.partial(jax.checkpoint, static_argnums=(0, 1))
+def _two(activation, backend, x, group_sizes, gate, up):
+    """Both products; computed again in the gradient."""
+    g = _product(x, group_sizes, gate, backend).astype(jnp.float32)
+    u = _product(x, group_sizes, up, backend).astype(jnp.float32)
+    return (ACTIVATIONS[activation](g) * u).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _fused(x, group_sizes, gate, up, activation, backend):
+    m, dtype = x.shape[0], x.dtype
+    if backend is not None:
+        names = {"default": backend}
+    else:
+        found = [_names(m, dtype, w, False) for w in (gate, up)]
+        same = found[0] == found[1]
+        names = found[0] if same else dict.fromkeys(found[0], "windows")
+    apart = grouped_kernels.fused_obstacle(gate, up)
+    logger.debug(
+        "grouped_gate_up x=%s w=%r: %s (%s)", list(x.shape), gate, names, apart
+    )
+
+    def run(name):
+        gated = BACKENDS[name].gated
+        if gated is None or apart is not None:
+            return functools.partial(_two, activation, backend)
+        return lambda x, sizes, gate, up: gated(x, sizes, gate, up, activation)
+
+    return _by_platform(names, run, x, group_sizes, gate, up)
+
+
+def _fused_forward(x, group_sizes, gate, up, activation, backend):
+    y = _fused(x, group_sizes, gate, up, activation, backend)
+    return y, (x, group_sizes, gate, up)
+
+
+def _fused_backward(activation, backend, residuals, dy):
+    x, group_sizes, gate, up = residuals
+
+    def two(x, gate, up):
+        return _two(activation, backend, x, group_sizes, gate, up)
+
+    dx, dgate, dup = jax.vjp(two, x, gate, up)[1](dy)
+    return dx, _no_gradient(group_sizes), dgate, dup
+
+
+_fused.defvjp(_fused_forward, _fused_backward)

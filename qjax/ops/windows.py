@@ -48,6 +48,8 @@ class Plan:
     def window(self, i: Any) -> tuple[Array, Array, Array]:
         """Expert, first row and number of rows of window `i`."""
         expert = jnp.searchsorted(self.turns, i, side="right").astype(jnp.int32)
+        # Loops under `vmap` take turns for others that have more windows.
+        expert = jnp.minimum(expert, self.ends.shape[0] - 1)
         before = jnp.where(expert > 0, self.turns[expert - 1], 0)
         first = self.starts[expert] + (i - before) * self.sizes[-1]
         return expert, first, jnp.minimum(self.ends[expert] - first, self.sizes[-1])
@@ -85,7 +87,7 @@ def walk(
     apply: Callable[[Array, Any], Array],
     weights: Any,
 ) -> Float[Array, "m n"]:
-    """Applies `apply(rows, weights of their expert)` to every window.
+    """Applies `apply(rows, their expert)` to every window.
 
     Args:
       x: rows sorted by expert.
@@ -93,7 +95,7 @@ def walk(
       columns: columns of the result.
       dtype: dtype of the result.
       apply: the product of one window.
-      weights: pytree whose leaves have a leading axis of experts.
+      weights: whatever `apply` reads besides, for the type of the result.
 
     Returns:
       The result; zeros behind the last group.
@@ -104,8 +106,8 @@ def walk(
     x = jnp.pad(x, [(0, width), (0, 0)])  # windows may reach past the last row
 
     def part(size):
-        def run(first, weight):
-            y = apply(lax.dynamic_slice_in_dim(x, first, size), weight)
+        def run(first, expert):
+            y = apply(lax.dynamic_slice_in_dim(x, first, size), expert)
             return jnp.pad(y.astype(dtype), [(0, width - size), (0, 0)])
 
         return run
@@ -114,9 +116,8 @@ def walk(
 
     def step(i, y):
         expert, first, count = where.window(i)
-        weight = pick(weights, expert)
         choice = jnp.searchsorted(jnp.asarray(where.sizes), count).astype(jnp.int32)
-        new = lax.switch(choice, branches, first, weight)
+        new = lax.switch(choice, branches, first, expert)
         # Rows past the window's own belong to later windows, which write them later.
         return lax.dynamic_update_slice_in_dim(y, new, first, 0)
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qjax.errors import SpecError, UnsupportedError
-from qjax.formats import NF4, Int
+from qjax.formats import NF4, NVFP4, Int
 from qjax.methods import quantize
+from qjax.ops.device import target
 from qjax.ops.grouped import (
     ACTIVATIONS,
     explain_grouped,
@@ -20,6 +21,7 @@ from qjax.ops.grouped import (
     grouped_matmul,
     sort_by_expert,
 )
+from qjax.ops.prepack import Prepacked, prepack
 from qjax.wrappers import (
     InputScaled,
     LowRank,
@@ -27,9 +29,11 @@ from qjax.wrappers import (
     Rotated,
     Transposed,
     WithOutliers,
+    layer_of,
 )
 
 from .conftest import FORMATS, random
+from .test_memory import device_sharding
 
 EXPERTS, ROWS, COLS = 5, 96, 40
 SIZES = (3, 0, 9, 1, 4)
@@ -62,7 +66,7 @@ def expected(x, sizes, w):
     return y
 
 
-def close(got, want, tolerance=1e-5):
+def close(got, want, tolerance=1e-4):
     want = np.asarray(want, np.float64)
     scale = max(np.abs(want).max(initial=0), 1e-6)
     np.testing.assert_allclose(
@@ -131,7 +135,8 @@ def test_group_sizes_beyond_the_rows_are_cut():
 
 def gradients(function, *arguments):
     def loss(*arguments):
-        return jnp.sum(jnp.sin(function(*arguments).astype(jnp.float32)))
+        y = function(*arguments).astype(jnp.float32)
+        return jnp.sum(y * random(y.shape, 9))
 
     every = tuple(range(len(arguments)))
     return jax.jit(jax.grad(loss, argnums=every, allow_int=True))(*arguments)
@@ -154,7 +159,7 @@ def same_gradients(got, want):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         if a.dtype != jax.dtypes.float0 and a.dtype.itemsize > 1:
-            close(a, b, 2e-2 if a.dtype.itemsize == 2 else 1e-4)
+            close(a, b, 2e-2 if a.dtype.itemsize == 2 else 3e-4)
 
 
 @pytest.mark.parametrize(
@@ -300,3 +305,57 @@ def test_bad_input():
         gated_experts(x, sizes, sizes, q, q, q)
     with pytest.raises(UnsupportedError, match="WithOutliers"):
         grouped_matmul(x, sizes, WithOutliers(q, x, sizes, sizes))
+
+
+def test_a_layer_of_a_stack():
+    layers = quantize(random((3, EXPERTS, ROWS, COLS), 1), FORMATS["nvfp4"])
+    x = random((20, ROWS), 2)
+
+    @jax.jit
+    def run(x, layers, i):
+        return grouped_matmul(x, int32(SIZES), layer_of(layers, i))
+
+    for i in range(3):
+        want = expected(x, SIZES, layers[i].dequantize(jnp.float32))
+        close(run(x, layers, int32(i)), want)
+    got = gradients(lambda x, w: run(x, w, int32(1)), x, layers)
+    want = gradients(lambda x, w: dense_groups(x, SIZES, w[1]), x, layers)
+    same_gradients(got, want)
+
+
+def test_prepacked():
+    q = stacked("nf4-double")
+    x = random((20, ROWS), 2)
+    packed = prepack(q, kind="TPU v6 lite")
+    assert isinstance(packed, Prepacked)
+    close(grouped_matmul(x, int32(SIZES), packed), grouped_matmul(x, int32(SIZES), q))
+
+
+@pytest.mark.parametrize("name", ["int4-g128", "nf4", "nvfp4"])
+def test_kernels_of_a_tpu(name, monkeypatch):
+    """The programs for a TPU hold kernels and nothing of the size of the experts."""
+    formats = {"int4-g128": Int(4, 128), "nf4": NF4(64), "nvfp4": NVFP4()}
+    experts, rows, cols, m = 16, 512, 1024, 32
+    sharding = device_sharding("v6e", monkeypatch)
+
+    def place(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    dense = jax.ShapeDtypeStruct((experts, rows, cols), jnp.float32)
+    q = jax.eval_shape(lambda w: quantize(w, formats[name]), dense)
+    q = jax.tree.map(place, q)
+    x = place(jax.ShapeDtypeStruct((m, rows), jnp.bfloat16))
+    sizes = place(jax.ShapeDtypeStruct((experts,), jnp.int32))
+
+    def gradient(x, sizes, q):
+        return jax.grad(lambda x: jnp.sum(grouped_gate_up(x, sizes, q, q) ** 2))(x)
+
+    with target("TPU v6 lite"):
+        assert explain_grouped(m, q, jnp.bfloat16).startswith("tpu")
+        for function, kernels in ((grouped_gate_up, 1), (gradient, 5)):
+            arguments = (x, sizes, q, q) if kernels == 1 else (x, sizes, q)
+            compiled = jax.jit(function).lower(*arguments).compile()
+            fused = 2 if name == "nvfp4" and kernels == 1 else kernels
+            assert compiled.as_text().count("tpu_custom_call") == fused
+            temporaries = compiled.memory_analysis().temp_size_in_bytes
+            assert temporaries < 0.1 * 2 * experts * rows * cols
