@@ -398,7 +398,7 @@ def _body(plan: _Plan, interpret, x, codes, scale, *refs, **scratch):
 
     @pl.when(warpgroup == plan.config.warpgroups)
     def _copies():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(hopper.MEMORY_REGISTERS, action="decrease")
         _copy(plan, block, inputs, scratch)
 
     @pl.when(warpgroup < plan.config.warpgroups)
@@ -665,7 +665,8 @@ def _ones(dtype, part, parts, interpret):
     """The left operand whose products are sums of `x` over one group."""
     if interpret:
         row = lax.broadcasted_iota(jnp.int32, (64, DEEP), 1)
-        return jnp.where(row * parts // DEEP == part, F32(1), F32(0)).astype(dtype)
+        mine = lax.div(row * parts, jnp.int32(DEEP)) == part
+        return jnp.where(mine, F32(1), F32(0)).astype(dtype)
     shape = plgpu.ShapeDtypeStruct(
         (64, DEEP), jnp.dtype(dtype), layout=plgpu.Layout.WGMMA_8BIT
     )
@@ -711,8 +712,9 @@ def _fragment_arrays(words, dtype, part, parts):
         mask = jnp.uint32(0x0F0F0F0F)
         word = word ^ jnp.uint32(0x88888888)
         both = [word & mask, (word >> jnp.uint32(4)) & mask]
-    kept = np.array([_keeps(i, part, parts) for i in range(layout.WORDS)])
-    value = jnp.where(kept[None, :, None], jnp.stack(both), jnp.uint32(0))
+    index = lax.broadcasted_iota(jnp.int32, (2, layout.WORDS, 128), 1)
+    kept = lax.div(index * parts, jnp.int32(layout.WORDS)) == part
+    value = jnp.where(kept, jnp.stack(both), jnp.uint32(0))
     number = lax.bitcast_convert_type(value, jnp.dtype(dtype))
     # axes: half, word, warp, g, q, byte -> columns (warp, half, g), rows (word, q, byte)
     number = number.reshape(2, layout.WORDS, 4, 8, 4, 4)

@@ -229,10 +229,12 @@ def bound(
     a = jnp.dot(size, (v + jnp.float32(extra)) * s, precision="highest")
     y = jnp.dot(size, v * s, precision="highest")
     if bias is not None:
-        a, y = a + jnp.abs(bias).astype(jnp.float32), y + jnp.abs(bias)
+        size = jnp.abs(bias.astype(jnp.float32))
+        a, y = a + size, y + size
     flips = jnp.dot(step * scale, v * s, precision="highest")
     terms = jnp.float32(unit * (spec.k + 2 * spec.groups + 8))
-    return terms * a + jnp.finfo(jnp.dtype(out)).eps / 2 * y + flips
+    rounding = jnp.float32(float(jnp.finfo(jnp.dtype(out)).eps) / 2)
+    return terms * a + rounding * y + flips
 
 
 def tie_steps(ratio: jax.Array, dtype: str) -> jax.Array:
