@@ -151,7 +151,6 @@ def _body(
     """One split of one key head of one row."""
     item = lax.axis_index("cta")
     split = lax.rem(item, tiles.splits)
-    wide = min(128, p.head_dim)  # the result is kept in parts: registers are few
     head = item // tiles.splits
     row = head // p.kv_heads
     first, last = spans[row, 0], spans[row, 1]
@@ -200,7 +199,6 @@ def _body(
         spread = _down(place, s.shape)
         seen = (spread <= _across(high, s.shape)) & (spread >= _across(low, s.shape))
         top, total, mixed = carry
-        mixed = list(mixed)
         s = jnp.where(seen, s * LOG2E, MASKED)
         new = jnp.maximum(top, s.max(axis=1))
         weight = jnp.where(seen, jnp.exp2(s - _across(new, s.shape)), 0.0)
@@ -213,29 +211,25 @@ def _body(
             plgpu.commit_smem()
             weight = weight_smem
 
-        def mix(part, sums):
-            columns = pl.ds(part * wide, wide)
-            plgpu.wgmma(sums, weight, value_smem.at[:, columns])
+        def mix(sums):
+            plgpu.wgmma(sums, weight, value_smem)
             return sums[...]
 
-        for part, before in enumerate(mixed):
-            sums = plgpu.ACC(before.shape, jnp.float32)
-            more = pl.run_scoped(functools.partial(mix, part), sums)
-            mixed[part] = before * _across(fade, before.shape) + more
+        more = pl.run_scoped(mix, plgpu.ACC(mixed.shape, jnp.float32))
+        mixed = mixed * _across(fade, mixed.shape) + more
         pl.when(i + tiles.stages < stop)(functools.partial(fetch, i + tiles.stages))
         return new, total, mixed
 
     zeros = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
     none = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), ROW)
-    blank = jnp.zeros((ROWS, wide), jnp.float32)
+    blank = jnp.zeros((ROWS, p.head_dim), jnp.float32)
     blank = plgpu.layout_cast(blank, plgpu.Layout.WGMMA)
-    blanks = [blank] * (p.head_dim // wide)
-    top, total, mixed = lax.fori_loop(start, stop, step, (none, zeros, blanks))
+    top, total, mixed = lax.fori_loop(start, stop, step, (none, zeros, blank))
     share = jnp.where(total == 0.0, 1.0, total)
-    inverse = (1.0 / 16.0 if p.kind == "int4" else 1.0) / share
-    for part, result in enumerate(mixed):
-        result = result * _across(inverse, result.shape)
-        q_smem[:, pl.ds(part * wide, wide)] = result.astype(q_smem.dtype)
+    mixed = mixed * _across(1.0 / share, mixed.shape)
+    if p.kind == "int4":
+        mixed = mixed * (1.0 / 16.0)
+    q_smem[...] = mixed.astype(q_smem.dtype)
     log_smem[...] = top + jnp.log2(share)
     plgpu.commit_smem()
     kept = -(-p.rows // 8) * 8
