@@ -143,3 +143,55 @@ def obstacle(
         if stored > decode.code_rows(spec):
             return f"k={spec.k} does not divide into pieces of {rows} rows"
     return None
+
+
+class Windows(NamedTuple):
+    """Rows moved apart so that no window of them crosses two experts, int32.
+
+    Attributes:
+      expert: `[most]`, expert of each window.
+      source: `[most * rows]`, the row of `x` in each place (any row where none is).
+      place: `[m]`, the place of each row (any place behind the last group).
+      count: `[1]`, number of windows.
+    """
+
+    expert: Any
+    source: Any
+    place: Any
+    count: Any
+
+
+def windows(group_sizes: Any, m: int, rows: int) -> Windows:
+    """Lists windows of `rows` places, each with rows of one expert.
+
+    Args:
+      group_sizes: int32 `[experts]`; what exceeds `m` in sum is cut off.
+      m: rows of the activations.
+      rows: places of a window.
+
+    Returns:
+      At most `min(experts, m) + m // rows` windows; entries from `count` on have no
+      meaning but are valid indices.
+    """
+    experts = group_sizes.shape[0]
+    most = min(experts, m) + m // rows
+    end = jnp.minimum(jnp.cumsum(group_sizes.astype(jnp.int32)), m)
+    start = jnp.concatenate([jnp.zeros(1, jnp.int32), end[:-1]])
+    counts = -(-(end - start) // rows)
+    turns = jnp.cumsum(counts)
+    before = turns - counts
+    index = jnp.arange(most, dtype=jnp.int32)
+    expert = jnp.searchsorted(turns, index, side="right").astype(jnp.int32)
+    expert = jnp.minimum(expert, experts - 1)
+    first = start[expert] + (index - before[expert]) * rows
+    source = first[:, None] + jnp.arange(rows, dtype=jnp.int32)
+    row = jnp.arange(m, dtype=jnp.int32)
+    owner = jnp.searchsorted(end, row, side="right").astype(jnp.int32)
+    owner = jnp.minimum(owner, experts - 1)
+    place = before[owner] * rows + row - start[owner]
+    return Windows(
+        expert,
+        jnp.clip(source.reshape(-1), 0, max(m - 1, 0)),
+        jnp.clip(place, 0, most * rows - 1),
+        turns[-1:],
+    )
