@@ -25,20 +25,17 @@ def quantize_activations(
     scale: Any = None,
     *,
     backend: str = "reference",
-    interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Rounds rows of `x` to 8 bits: `codes = clip(round(x / scale))`.
 
-    One read of `x` and one write of the codes: on every backend XLA makes it one fused
-    operation, or two where it reads a row twice; "gpu" runs a kernel that reads it
-    once.
+    Plain jnp on every backend: XLA makes it one or two fused passes over `x`, and a
+    row's scale is not known before the row was read. The TPU kernel does it itself.
 
     Args:
       x: `[m, k]` float32, bfloat16 or float16.
       dtype: "int8" or "float8_e4m3fn".
       scale: static scale, a scalar, `[m]` or `[m, 1]`; None computes one per row.
-      backend: "gpu" for its kernel, any other for plain jnp.
-      interpret: run the kernel's interpreter.
+      backend: one of `BACKENDS`; all compute the same.
 
     Returns:
       Codes `[m, k]` and float32 scales `[m, 1]`.
@@ -49,9 +46,6 @@ def quantize_activations(
     _one_of("backend", backend, BACKENDS)
     _one_of("dtype", str(dtype), specs.ACTIVATIONS)
     _check_x(x, FLOATS)
-    if backend == "gpu" and scale is None and x.size:
-        gpu = importlib.import_module(f"{__package__}.gpu")
-        return gpu.quantize_activations(x, str(dtype), interpret=interpret)
     return reference.quantize_activations(x, str(dtype), scale)
 
 

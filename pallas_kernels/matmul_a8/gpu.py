@@ -95,6 +95,8 @@ def matmul(
 ) -> jax.Array:
     """`matmul_a8` on a Hopper GPU; arguments as in `api.matmul_a8`, already checked.
 
+    Codes without `x_scale` have scale 1.
+
     Raises:
       KernelError: the product has an obstacle, or `config` does not fit it.
     """
@@ -108,7 +110,7 @@ def matmul(
     coded = x.dtype == jnp.dtype(activation)
     out = jnp.dtype(out_dtype or (F32 if coded else x.dtype))
     if coded:
-        codes, scale = x, reference.spread(x_scale, m)
+        codes, scale = x, reference.spread(1.0 if x_scale is None else x_scale, m)
     else:
         codes, scale = reference.quantize_activations(x, activation, x_scale)
     narrow = out.itemsize == 2 and out_scale is None

@@ -7,8 +7,7 @@ weight's codes; scales come last:
     float8_e4m3fn:   s_x = absmax(x) / 448   x_q = e4m3(clip(x / s_x, -448, 448))
     y[i, j] = s_x[i] * sum_g scale[g, j] * sum_{l in g} x_q[i, l] * v[l, j]   (+ bias)
 
-with `v = value(code) - zero` as in `qjax.pallas_kernels.weights`, rounding half to even.
-A row whose scale would be no normal number (an all-zero row) has scale 1 and codes 0; a
+with `v = value(code) - zero` as in `..weights`, rounding half to even. A row whose scale would be no normal number (an all-zero row) has scale 1 and codes 0; a
 row that holds a NaN or an infinity has a non-finite scale and gives non-finite results.
 A static scale is given, per tensor or per row. With `out_scale` the result is
 quantized again: `y_q = clip(round(y / out_scale))` in int8 or float8_e4m3fn.
@@ -209,7 +208,12 @@ def bound(
     `out_scale` may in addition differ by one step near a tie.
 
     Args:
-      x, w, spec, activation, x_scale, bias: as in `matmul_a8`, one layer.
+      x: as in `matmul_a8`.
+      w: one layer of the weight.
+      spec: what its arrays mean.
+      activation: type that activations are rounded to.
+      x_scale: static scale of `x`.
+      bias: `[n]` or None.
       out: float type of the result.
       unit: see above.
 

@@ -83,6 +83,8 @@ def matmul(
 ) -> jax.Array:
     """`matmul_a8` on a TPU; arguments as in `api.matmul_a8`, already checked.
 
+    Codes without `x_scale` have scale 1.
+
     Raises:
       KernelError: the product has an obstacle.
     """
@@ -99,6 +101,7 @@ def matmul(
         raise KernelError(f"matmul_a8: {reason}")
     config = config or specs.default(spec, x.shape[0], activation)
     coded = x.dtype == jnp.dtype(activation)
+    x_scale = 1.0 if coded and x_scale is None else x_scale
     out = jnp.dtype(out_dtype or (F32 if coded else x.dtype))
     inner = jnp.dtype(F32) if out == jnp.float16 else out
     x = x.astype(F32) if x.dtype == jnp.float16 else x
@@ -269,14 +272,17 @@ class Plan:
 
     @property
     def rest(self):
+        """Whether sums of the activations are needed."""
         return self.zero or self.offset != self.shift
 
     @property
     def integer(self):
+        """Whether the matrix unit gives integers."""
         return self.activation == "int8"
 
     @property
     def sum_dtype(self):
+        """What sums are kept in."""
         return jnp.int32 if self.integer and self.whole else F32
 
 
