@@ -134,6 +134,7 @@ def matmul(
                 spec,
                 first=first,
                 out_dtype=jnp.float32,
+                config=config,
                 interpret=interpret,
             )
             for weight in weights
