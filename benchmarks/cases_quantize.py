@@ -1,0 +1,103 @@
+"""Cases of the weight encoders for the benchmark drivers.
+
+Bytes are those of the floats read once and of codes and scales written once. `dense`
+is the cast of the same weight to bfloat16.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.formats import NF4
+from qjax.pallas_kernels.quantize import api, specs
+from qjax.pallas_kernels.quantize.xla import bytes_moved
+from qjax.pallas_kernels.weights import WeightSpec
+
+SHAPES = {"4096x14336": (4096, 14336), "8192x8192": (8192, 8192)}
+FORMATS = {
+    "int4-g128": ("int", 4, 128, 8.0),
+    "int3-g64": ("int", 3, 64, 4.0),
+    "int2-g64": ("int", 2, 64, 2.0),
+    "int8-g128": ("int", 8, 128, 0.0),
+    "int8-channel": ("int", 8, 0, 0.0),
+    "nf4-b64": ("table", 4, 64, 0.0),
+    "fp8-g128": ("e4m3", 8, 128, 0.0),
+    "fp8-channel": ("e4m3", 8, 0, 0.0),
+}
+"""Kind, bits, group (0: one per column) and offset by name."""
+
+
+def spec_of(name, k, n):
+    """The spec of a format for a matrix."""
+    kind, bits, group, offset = FORMATS[name]
+    return WeightSpec(k, n, kind, bits, group or k, offset)
+
+
+def run(spec, backend, w, interpret=False):
+    """Codes and scale of a weight."""
+    table = NF4().table if spec.kind == "table" else None
+    if backend == "tpu" and interpret:
+        from jax.experimental.pallas import tpu as pltpu
+
+        interpret = pltpu.InterpretParams()
+    got = api.encode(w, spec, table=table, backend=backend, interpret=interpret)
+    return got.codes, got.scale
+
+
+def correctness(backend):
+    """Share of codes that differ from the reference's, and of scales."""
+    rng = np.random.default_rng()
+    interpret = backend == "interpret"
+    backend = {"cpu": "xla", "interpret": "tpu"}.get(backend, backend)
+    for name in FORMATS:
+        for k, n in ((256, 128), (1024, 200), (4096, 1024))[: 2 if interpret else 3]:
+            for dtype in (jnp.float32, jnp.bfloat16):
+                spec = spec_of(name, k, n)
+                w = jnp.asarray(rng.standard_normal((k, n)), dtype)
+                got = run(spec, backend, w, interpret)
+                want = jax.jit(functools.partial(run, spec, "reference"))(w)
+                pairs = zip(got, want, strict=True)
+                wrong = [np.mean(np.asarray(a) != np.asarray(b)) for a, b in pairs]
+                label = f"encode-{name}-{jnp.dtype(dtype).name}-{k}x{n}"
+                # Division need not be correctly rounded everywhere.
+                yield {"case": label, "error": float(max(wrong)), "bound": 1e-4}
+
+
+def timing(backend):
+    """Encoders on rotating weights."""
+    backend = {"cpu": "xla"}.get(backend, backend)
+    for label, (k, n) in SHAPES.items():
+        for name in FORMATS:
+            for dtype in (jnp.float32, jnp.bfloat16):
+                spec = spec_of(name, k, n)
+                keys = jax.random.split(jax.random.key(0), 2)
+                arrays = [(jax.random.normal(key, (k, n), dtype),) for key in keys]
+                yield {
+                    "case": f"encode-{name}-{jnp.dtype(dtype).name}-{label}",
+                    "bytes": bytes_moved(arrays[0][0], spec),
+                    "flops": 20 * k * n,
+                    "run": jax.jit(functools.partial(run, spec, backend)),
+                    "arrays": arrays,
+                    "dense": jax.jit(lambda w: (2 * w).astype(jnp.bfloat16)),
+                }
+
+
+def tpu_cases():
+    """Every format, from float32 and bfloat16; see `tpu_aot.py`."""
+    label, (k, n) = "4096x14336", SHAPES["4096x14336"]
+    for name in FORMATS:
+        for dtype in (jnp.float32, jnp.bfloat16):
+            spec = spec_of(name, k, n)
+            w = jax.ShapeDtypeStruct((k, n), dtype)
+            rows = specs.tpu_config(spec, w.dtype.itemsize).rows
+            yield {
+                "name": f"encode-{name}-{jnp.dtype(dtype).name}-{label}",
+                "fn": functools.partial(run, spec, "tpu"),
+                "args": (w,),
+                "bytes": bytes_moved(w, spec),
+                "steps": -(-k // rows) * -(-n // specs.LANES),
+                "kernel": "encode_weight",
+                "fast": name in ("int4-g128", "nf4-b64") and dtype == jnp.float32,
+            }
