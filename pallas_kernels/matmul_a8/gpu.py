@@ -718,13 +718,13 @@ def _fragment_arrays(words, dtype, part, parts):
     kept = lax.div(index * parts, jnp.int32(layout.WORDS)) == part
     value = jnp.where(kept, jnp.stack(both), jnp.uint32(0))
     number = lax.bitcast_convert_type(value, jnp.dtype(dtype))
-    # axes: half, word, warp, g, q, byte -> columns (warp, half, g), rows (word, q, byte)
+    # half, word, warp, g, q, byte: columns are (warp, half, g), rows (word, q, byte)
     number = number.reshape(2, layout.WORDS, 4, 8, 4, 4)
     return number.transpose(2, 0, 3, 1, 4, 5).reshape(64, DEEP)
 
 
 def _write(plan, warpgroup, total, ends, out, column, m_tile, scratch):
-    """A whole tile, times `s_x`, plus bias, through shared memory, 64 tokens at a time."""
+    """A whole tile, times `s_x`, plus bias, through shared memory by 64 tokens."""
     sx, bias = ends
     tokens = plan.config.tokens
     shape = (64, tokens)

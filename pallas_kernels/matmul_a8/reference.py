@@ -7,8 +7,9 @@ weight's codes; scales come last:
     float8_e4m3fn:   s_x = absmax(x) / 448   x_q = e4m3(clip(x / s_x, -448, 448))
     y[i, j] = s_x[i] * sum_g scale[g, j] * sum_{l in g} x_q[i, l] * v[l, j]   (+ bias)
 
-with `v = value(code) - zero` as in `..weights`, rounding half to even. A row whose scale would be no normal number (an all-zero row) has scale 1 and codes 0; a
-row that holds a NaN or an infinity has a non-finite scale and gives non-finite results.
+with `v = value(code) - zero` as in `..weights`, rounding half to even. A row whose
+scale would be no normal number (an all-zero row) has scale 1 and codes 0; a row that
+holds a NaN or an infinity has a non-finite scale and gives non-finite results.
 A static scale is given, per tensor or per row. With `out_scale` the result is
 quantized again: `y_q = clip(round(y / out_scale))` in int8 or float8_e4m3fn.
 

@@ -153,29 +153,25 @@ class A8Suite:
     def test_formats(self, name):
         self.check(name, 9, 512, 256)
 
-    @pytest.mark.parametrize("shape", range(3))
-    def test_shapes(self, shape):
-        done = [self.check(name, *self.shapes[shape]) for name in self.representative]
-        assert None in done
+    @pytest.mark.parametrize("index", range(3))
+    def test_shapes(self, index):
+        for name in self.representative[:3]:
+            self.check(name, *self.shapes[index])
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
     def test_dtypes(self, dtype):
-        for name in self.representative[:2]:
-            self.check(name, 6, 256, 128, dtype, bias=True)
-            self.check(name, 6, 256, 128, dtype, out_dtype="float32")
+        self.check(self.representative[0], 6, 256, 128, dtype, bias=True)
+        self.check(self.representative[1], 6, 256, 128, dtype, out_dtype="float32")
 
     def test_layers(self):
         for name in self.representative[1:3]:
             self.check(name, 5, 256, 128, layers=3, bias=True)
 
-    @pytest.mark.parametrize("name", ["w4-g128", "w4-fp8-g128"])
-    def test_static_scales(self, name):
+    @pytest.mark.parametrize("index", [0, 1])
+    def test_static_scales(self, index):
+        name = self.representative[index]
         weight, spec = random_weight(name, 256, 128)
-        activation = FORMATS[name][1]
-        x = rows(6, 256)
-        if self.obstacle(self.prepared(weight, spec)[1], 6, x.dtype, activation):
-            name = "w8" if activation == INT else "fp8"
-            weight, spec = random_weight(name, 256, 128)
+        activation, x = FORMATS[name][1], rows(6, 256)
         for scale in (0.02, np.linspace(0.01, 0.05, 6, dtype=np.float32)):
             scale = jnp.asarray(scale, jnp.float32)
             y = self.run(x, weight, spec, activation=activation, x_scale=scale)
