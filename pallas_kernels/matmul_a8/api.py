@@ -117,7 +117,15 @@ def matmul_a8(
             f"{_NAME}: backend {backend!r} cannot multiply {activation} "
             f"{list(x.shape)} by {spec}: {reason}"
         )
-    return module.matmul(x, weight, spec, config=config, interpret=interpret, **options)
+    options |= {"config": config, "interpret": interpret}
+    if backend == "cpu" and out_scale is not None:  # rounded behind the native product
+        options |= {"out_dtype": jnp.dtype("float32")}
+        del options["out_scale"]
+        y = module.matmul(x, weight, spec, **options)
+        return reference.round_to(y, jnp.asarray(out_scale, jnp.float32), out.name)
+    if backend == "cpu":
+        del options["out_scale"]
+    return module.matmul(x, weight, spec, **options)
 
 
 def _refuse(argument, got, expected):
