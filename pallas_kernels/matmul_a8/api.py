@@ -125,7 +125,13 @@ def matmul_a8(
         return reference.round_to(y, jnp.asarray(out_scale, jnp.float32), out.name)
     if backend == "cpu":
         del options["out_scale"]
-    return module.matmul(x, weight, spec, **options)
+    if backend == "cpu":  # its results are floats; what is rounded is rounded behind it
+        if options.pop("out_scale") is not None:
+            options["out_dtype"] = jnp.dtype("float32")
+    y = module.matmul(x, weight, spec, config=config, interpret=interpret, **options)
+    if backend == "cpu" and out_scale is not None:
+        return reference.round_to(y, jnp.asarray(out_scale, jnp.float32), out.name)
+    return y
 
 
 def _refuse(argument, got, expected):
