@@ -117,17 +117,9 @@ def matmul_a8(
             f"{_NAME}: backend {backend!r} cannot multiply {activation} "
             f"{list(x.shape)} by {spec}: {reason}"
         )
-    options |= {"config": config, "interpret": interpret}
-    if backend == "cpu" and out_scale is not None:  # rounded behind the native product
-        options |= {"out_dtype": jnp.dtype("float32")}
+    if backend == "cpu":  # its results are floats; quantized ones are made behind it
         del options["out_scale"]
-        y = module.matmul(x, weight, spec, **options)
-        return reference.round_to(y, jnp.asarray(out_scale, jnp.float32), out.name)
-    if backend == "cpu":
-        del options["out_scale"]
-    if backend == "cpu":  # its results are floats; what is rounded is rounded behind it
-        if options.pop("out_scale") is not None:
-            options["out_dtype"] = jnp.dtype("float32")
+        options["out_dtype"] = jnp.dtype("float32") if out_scale is not None else out
     y = module.matmul(x, weight, spec, config=config, interpret=interpret, **options)
     if backend == "cpu" and out_scale is not None:
         return reference.round_to(y, jnp.asarray(out_scale, jnp.float32), out.name)
