@@ -73,7 +73,7 @@ def prepared(backend, weight, spec):
     if backend in ("tpu", "interpret"):
         from qjax.pallas_kernels.matmul import layout
 
-        return layout.prepack(weight, spec)
+        return layout.prepack(weight, spec) or (weight, spec)
     if backend == "gpu":
         from qjax.pallas_kernels.matmul import gpu_layout
 
@@ -234,9 +234,9 @@ def _shapes(name, k, n, layers):
     small, spec = weight_of(name, 256, 128)
     from qjax.pallas_kernels.matmul import layout
 
-    _, packed = layout.prepack(small, spec)
+    planes = layout.prepack(small, spec) is not None
     spec = spec_of(name, k, n)
-    if packed.layout != "canonical":
+    if planes:
         spec = WeightSpec(
             k, n, spec.kind, spec.bits, spec.group, spec.offset, layout.TAG
         )

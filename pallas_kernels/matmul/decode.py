@@ -366,25 +366,26 @@ _METHODS = {
 }
 
 
-def table_operand(dec: Decoder, spec: WeightSpec, chip: str, table):
+def table_operand(dec: Decoder, spec: WeightSpec, chip: str, terms):
     """The table as the kernel wants it, entries along sublanes.
 
     Args:
       dec: the decoder.
       spec: the weight.
       chip: the generation.
-      table: `[*layers, 2**bits]` of a "table" weight, else None.
+      terms: bfloat16 `[terms, *layers, 2**bits]` that sum to a "table" weight's
+        entries, else None.
 
     Returns:
-      `[*layers, rows, 128]`, or None where the decoder needs no table.
+      `[*layers, terms, rows, 128]`, or None where the decoder needs no table.
     """
     if dec.method == "e2m1-gather":
         twice = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.int8)
         twice = np.concatenate([twice, -twice, np.zeros(16, np.int8)])
-        return jnp.asarray(np.broadcast_to(twice[:, None], (32, 128)))
+        return jnp.asarray(np.broadcast_to(twice[:, None], (1, 32, 128)))
     if spec.kind != "table":
         return None
-    entries = table.astype(jnp.bfloat16)
+    entries = jnp.moveaxis(terms, 0, -2)
     pad = [(0, 0)] * (entries.ndim - 1) + [(0, 16 - entries.shape[-1])]
     entries = jnp.pad(entries, pad)[..., None]
     entries = jnp.broadcast_to(entries, (*entries.shape[:-1], 128))

@@ -21,6 +21,7 @@ from ..weights import FIELDS, KernelError, Weight, WeightSpec
 from . import reference
 
 TAG = "tpu-planes"
+TAGS = (TAG,)
 BLOCK = 256
 """Rows of a block: 1-bit planes fill a tile of 8 word rows with 256 codes."""
 
@@ -40,23 +41,18 @@ def _positions(width):
     return word * 4 + bit // 8, bit % 8
 
 
-def prepack(weight: Weight, spec: WeightSpec) -> tuple[Weight, WeightSpec]:
-    """Canonical weight to what the TPU kernels read; the identity where that is equal.
+def prepack(weight: Weight, spec: WeightSpec) -> tuple[Weight, WeightSpec] | None:
+    """A canonical weight in this layout.
 
     Args:
-      weight: canonical arrays.
-      spec: canonical spec.
+      weight: canonical arrays, with any leading axes.
+      spec: what they mean.
 
     Returns:
-      The weight and its spec.
-
-    Raises:
-      KernelError: the weight is not canonical.
+      The arrays and their spec, or None where the kernels read the weight as it is.
     """
-    if spec.layout != "canonical":
-        raise KernelError(f"prepack: layout is {spec.layout!r}, expected 'canonical'")
-    if len(FIELDS.get(spec.bits, ())) < 2:
-        return weight, spec
+    if spec.layout != "canonical" or len(FIELDS.get(spec.bits, ())) < 2:
+        return None
     code = reference.codes(weight.codes, spec)
     pad = [(0, 0)] * (code.ndim - 2) + [(0, -spec.k % BLOCK), (0, 0)]
     code = jnp.pad(code, pad)
@@ -77,7 +73,7 @@ def prepack(weight: Weight, spec: WeightSpec) -> tuple[Weight, WeightSpec]:
     return weight._replace(codes=codes), dataclasses.replace(spec, layout=TAG)
 
 
-def unpack(weight: Weight, spec: WeightSpec) -> tuple[Weight, WeightSpec]:
+def unpack(weight: Weight, spec: WeightSpec) -> Weight:
     """Inverse of `prepack`.
 
     Args:
@@ -85,10 +81,13 @@ def unpack(weight: Weight, spec: WeightSpec) -> tuple[Weight, WeightSpec]:
       spec: the spec it returned.
 
     Returns:
-      The canonical weight and spec.
+      The canonical arrays.
+
+    Raises:
+      KernelError: the weight is not in this layout.
     """
     if spec.layout != TAG:
-        return weight, spec
+        raise KernelError(f"unpack: layout is {spec.layout!r}, expected {TAG!r}")
     *lead, _, n = weight.codes.shape
     blocks = weight.codes.reshape(*lead, -1, BLOCK * spec.bits // 8, n)
     code, first, shift = None, 0, 0
@@ -100,8 +99,7 @@ def unpack(weight: Weight, spec: WeightSpec) -> tuple[Weight, WeightSpec]:
         first, shift = first + BLOCK * width // 8, shift + width
     assert code is not None  # every width here has planes
     code = code.reshape(*lead, -1, n)[..., : -(-spec.k // 8) * 8, :]
-    canonical = dataclasses.replace(spec, layout="canonical")
-    return weight._replace(codes=_canonical(code, spec.bits)), canonical
+    return weight._replace(codes=_canonical(code, spec.bits))
 
 
 def _canonical(code, bits):

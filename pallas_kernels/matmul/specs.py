@@ -171,13 +171,12 @@ def config(
     widths = _halvings(min(tuned.columns[prefill], -(-spec.n // 128) * 128), 128)
     heights = _halvings(min(tuned.rows * (2 if transpose else 1), -(-m // 16) * 16), 16)
     if not prefill:
-        heights = heights[:1]
         short = [
             c for c in widths if spec.k * c <= tuned.codes and spec.groups * c <= SCALES
         ]
         widths = short or widths[-1:]  # a long program rather than none
     tiles = [(heights[0], c) for c in widths]
-    tiles += [(r, c) for c in widths[-2:] for r in heights]
+    tiles += [(r, c) for r in heights[1:] for c in widths[-2:]]
     for rows, columns in tiles:
         found = Config(chip, prefill, rows, columns, tuned.vmem)
         if vmem_bytes(spec, found, x_dtype, transpose) <= 0.9 * tuned.vmem:
@@ -214,5 +213,6 @@ def vmem_bytes(spec: WeightSpec, tiles: Config, x_dtype, transpose: bool) -> int
     small = spec.groups > 1 and spec.group < 256
     copies = parts * (256 // spec.group + 1 if small and not tiles.prefill else 1)
     x, y = rows * copies * k * 2, rows * columns * 4
-    panel = k * columns * 2 if tiles.prefill else 0
+    terms = parts if spec.kind == "table" else 1
+    panel = terms * k * columns * 2 if tiles.prefill else 0
     return 2 * (codes + x + y + scales) + panel + 512 * columns * 8

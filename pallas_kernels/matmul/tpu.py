@@ -71,6 +71,11 @@ class _Plan:
         return self.regions * self.region
 
     @property
+    def terms(self):
+        """Operands whose sum is exact: entries of tables have more bits than codes."""
+        return self.parts if self.spec.kind == "table" else 1
+
+    @property
     def per(self):
         """Groups that share a product."""
         grouped = self.spec.groups > 1 and self.region > self.spec.group
@@ -167,8 +172,9 @@ def _single(plan, w, layer):
     missing = plan.regions * plan.byte_rows - w.codes.shape[-2]
     if missing and layer is not None:
         w, layer = reference.pick(w, layer), None
-    table = decode.table_operand(plan.dec, spec, plan.tiles.chip, w.table)
-    if table is not None and table.ndim == 2 and layer is not None:
+    table = w.table if w.table is None else _split(w.table, plan.terms)
+    table = decode.table_operand(plan.dec, spec, plan.tiles.chip, table)
+    if table is not None and table.ndim == 3 and layer is not None:
         table = jnp.broadcast_to(table, (w.codes.shape[0], *table.shape))
     w = w._replace(
         codes=_bytes(plan, w.codes), scale=_stored(w.scale), zero=_stored(w.zero)
@@ -319,10 +325,10 @@ def _subtrahend(plan, refs, group):
     return _row(refs["zero"], group) - jnp.float32(plan.dec.delta)
 
 
-def _decoded(plan, refs, r):
-    """Operand of region `r`."""
+def _decoded(plan, refs, r, term=0):
+    """Operand of region `r`, or a term of it."""
     first = r * plan.byte_rows
-    table = refs["table"][...] if "table" in refs else None
+    table = refs["table"][term] if "table" in refs else None
     packed = refs["codes"][first : first + plan.byte_rows, :]
     return decode.decode(plan.dec, plan.spec, packed, table)
 
@@ -403,7 +409,9 @@ def _accumulate(plan, refs, operand):
     total = partial = None
     for r in range(plan.regions):
         lines = slice(r * plan.region, (r + 1) * plan.region)
-        product = _dot(refs["x"][:, lines], operand(r))
+        left = refs["x"][:, lines]
+        products = [_dot(left, operand(r, t)) for t in reversed(range(plan.terms))]
+        product = functools.reduce(jnp.add, products)
         first = _group_of(plan, r)
         if plan.per > 1:
             for a in range(min(plan.per, plan.spec.groups - first)):
@@ -428,23 +436,27 @@ def _forward_kernel(plan, names, *arrays):
             _stage(plan, refs)
             for r in range(plan.regions):
                 lines = slice(r * plan.region, (r + 1) * plan.region)
-                decoded = (_decoded if plan.after else _weight)(plan, refs, r)
-                refs["panel"][lines, :] = decoded
+                if not plan.after:
+                    refs["panel"][0, lines, :] = _weight(plan, refs, r)
+                    continue
+                for term in range(plan.terms):
+                    refs["panel"][term, lines, :] = _decoded(plan, refs, r, term)
 
         for name, staged in zip(("scale", "zero"), plan.stages, strict=True):
             refs[name] = refs["staged_" + name] if staged else refs.get(name)
     else:
         _stage(plan, refs)
     if not plan.after:
-        total = _dot(refs["x"][...], refs["panel"][...])
+        total = _dot(refs["x"][...], refs["panel"][0])
     elif plan.tiles.prefill:
 
-        def panel(r):
-            return refs["panel"][r * plan.region : (r + 1) * plan.region, :]
+        def panel(r, term):
+            return refs["panel"][term, r * plan.region : (r + 1) * plan.region, :]
 
         total = _accumulate(plan, refs, panel)
     else:
-        total = _accumulate(plan, refs, functools.partial(_decoded, plan, refs))
+        decoded = functools.partial(_decoded, plan, refs)
+        total = _accumulate(plan, refs, decoded)
     if "bias" in refs:
         total = total + refs["bias"][...]
     refs["y"][...] = total.astype(plan.out)
@@ -465,7 +477,7 @@ def _blocks(plan, w, column):
         found["zero"] = (w.zero, block(w.zero.shape[1]))
     if w.table is not None:
         shape = (None, *w.table.shape[1:])
-        table = pl.BlockSpec(shape, lambda i, j, layer: (layer[0], 0, 0))
+        table = pl.BlockSpec(shape, lambda i, j, layer: (layer[0], 0, 0, 0))
         found["table"] = (w.table, table)
     order = plan.dec.order(plan.region)
     if plan.per > 1 and not plan.dec.natural and not plan.after:
@@ -505,7 +517,7 @@ def _forward(plan, x, w, layer, bias, interpret):
     scratch = _staging(plan)
     if tiles.prefill:
         dtype = plan.dec.dtype if plan.after else jnp.bfloat16
-        scratch["panel"] = pltpu.VMEM((plan.rows, tiles.columns), dtype)
+        scratch["panel"] = pltpu.VMEM((plan.terms, plan.rows, tiles.columns), dtype)
     y = _call(
         plan,
         functools.partial(_forward_kernel, plan),
@@ -625,8 +637,11 @@ def _scaled_left(plan, refs, first):
 
 def _transposed_part(plan, refs, r, left, subtract):
     """Contribution of a column block to region `r` of the result."""
-    operand = _clean(plan, _decoded(plan, refs, r))
-    product = _dot(left, operand, ((1,), (1,)))
+    products = [
+        _dot(left, _clean(plan, _decoded(plan, refs, r, term)), ((1,), (1,)))
+        for term in reversed(range(plan.terms))
+    ]
+    product = functools.reduce(jnp.add, products)
     copies = product.shape[0] // (plan.parts * plan.tiles.rows)
     total = None
     for a in range(copies):
