@@ -31,6 +31,7 @@ from .. import hopper, versions
 from . import specs
 from .reference import KV, MASKED, reach
 
+ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 ROWS = 64
 LOG2E = 1.4426950408889634
 ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -123,7 +124,7 @@ def _call(p: specs.Problem, tiles: specs.Config, softcap, interpret):
         body = functools.partial(_body, p, tiles, softcap, *refs)
         pl.run_scoped(body, collective_axes="wg", **scratch)
 
-    return pl.kernel(
+    call: Any = pl.kernel(
         scoped,
         out_type=(
             jax.ShapeDtypeStruct((items * kept, p.head_dim), dtype),
@@ -141,6 +142,7 @@ def _call(p: specs.Problem, tiles: specs.Config, softcap, interpret):
         ),
         name=f"decode_attention_{p.kind}",
     )
+    return call
 
 
 def _body(
@@ -189,7 +191,7 @@ def _body(
             plgpu.wgmma(sums, q_smem, hopper.transpose(key_smem))
             return sums[...]
 
-        s = pl.run_scoped(score, plgpu.ACC((ROWS, tiles.block), jnp.float32))
+        s = pl.run_scoped(score, ACC((ROWS, tiles.block), jnp.float32))
         key_scale = versions.load(scale_smem.at[slot, 0], COLUMN)
         value_scale = versions.load(scale_smem.at[slot, 1], COLUMN)
         place = versions.load(place_smem.at[slot], COLUMN)
@@ -215,7 +217,7 @@ def _body(
             plgpu.wgmma(sums, weight, value_smem)
             return sums[...]
 
-        more = pl.run_scoped(mix, plgpu.ACC(mixed.shape, jnp.float32))
+        more = pl.run_scoped(mix, ACC(mixed.shape, jnp.float32))
         mixed = mixed * _across(fade, mixed.shape) + more
         pl.when(i + tiles.stages < stop)(functools.partial(fetch, i + tiles.stages))
         return new, total, mixed
