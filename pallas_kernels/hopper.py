@@ -106,9 +106,7 @@ def _parts(kind, bits):
             tuple(Part(e // 4, *part) for part in quad[e % 4]) for e in range(PAIRS)
         )
     fields = 16 // bits
-    whole = [
-        (Part(w, bits * i, bits, 0),) for w in range(bits) for i in range(fields)
-    ]
+    whole = [(Part(w, bits * i, bits, 0),) for w in range(bits) for i in range(fields)]
     # Bits left over at the top of each half make up the last pairs.
     spare = [(w, b) for w in range(bits) for b in range(fields * bits, 16)]
     rest = []
@@ -246,7 +244,7 @@ def load_words(ref, codec: Codec):
 
 
 def load_row(ref):
-    """A vector `[64]`, one entry per column of a block, in registers (layout `ROWS`)."""
+    """A vector with one entry per column of a block in registers (layout `ROWS`)."""
     return versions.load(ref, ROWS, optimized=False)
 
 
@@ -266,11 +264,14 @@ def magic_word(decode: Decode, *, interpret=False):
     @plgpu.inline_mgpu(arg_types=(), return_type=shape)
     def emit(_):
         i32 = ir.IntegerType.get_signless(32)
-        text = f"{{ .reg .b32 t; mov.u32 t, %dynamic_smem_size; shr.u32 t, t, 24; add.u32 $0, t, {bits}; }}"
-        value = llvm.inline_asm(i32, [], text, "=r", has_side_effects=True)
+        text = (
+            "{ .reg .b32 t; mov.u32 t, %dynamic_smem_size; shr.u32 t, t, 24; "
+            f"add.u32 $0, t, {bits}; }}"
+        )
+        value: Any = llvm.inline_asm(i32, [], text, "=r", has_side_effects=True)
         return mgpu.FragmentedArray.splat(value, (), is_signed=True)
 
-    return emit()
+    return emit()  # pyright: ignore[reportCallIssue] - the context is passed
 
 
 def fragment(
@@ -513,7 +514,7 @@ class _Arrays(_Machine):
 
     def __init__(self, dtype, table=None):
         super().__init__(dtype)
-        self.table = table
+        self.table: Any = table
 
     def constant(self, value):
         return jnp.full((1,), value, jnp.uint32)
@@ -583,7 +584,7 @@ class _Registers(_Machine):
     def __init__(self, dtype):
         super().__init__(dtype)
         self.type = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype]
-        self.base = None  # of the table
+        self.base: Any = None  # of the table
 
     def constant(self, value):
         return self.once(("constant", value), lambda: _Word(_constant(value)))
@@ -742,7 +743,7 @@ def fill_table(pairs, table, *, interpret=False):
                     has_side_effects=True,
                 )
 
-    emit(pairs, table)
+    emit(pairs, table)  # pyright: ignore[reportCallIssue] - the context is passed
 
 
 # --- Calling -------------------------------------------------------------------------

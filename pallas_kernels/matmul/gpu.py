@@ -80,15 +80,13 @@ def matmul(
         config = default(spec, m, x.dtype, out_dtype, transpose)
     single = x.dtype == jnp.float32
     parts = _thirds(x) if single else x
-    plan = _plan(
-        spec, parts, w, config, out_dtype, transpose, bias is not None, single
-    )
-    columns = spec.k if transpose else spec.n
-    inner = plan.inner - parts.shape[1]
-    rows = plan.m_tiles * config.tokens - parts.shape[0]
-    if inner or rows:
+    rows, inner = -parts.shape[0] % 8, _inner(spec, transpose) - parts.shape[1]
+    if (rows and parts.shape[0] > 8) or inner:  # copies fill in all other zeros
         parts = jnp.pad(parts, ((0, rows), (0, inner)))
-    operands = [parts, w.codes, _bits(w.scale)]
+    biased = bias is not None
+    plan = _plan(spec, parts, w, config, out_dtype, transpose, biased, single)
+    columns = spec.k if transpose else spec.n
+    operands = [parts, gpu_layout.words(w), _bits(w.scale)]
     if plan.zero:
         operands.append(w.zero)
     if spec.kind == "table":
@@ -98,7 +96,8 @@ def matmul(
     if plan.biased:
         grown = jnp.pad(bias.astype(jnp.float32), (0, plan.outer - columns))
         operands.append(grown)
-    y = _call(plan, interpret)(*operands)
+    call: Any = _call(plan, interpret)
+    y = call(*operands)
     if config.split:
         y = _total(y, plan)
         y = y[: 3 * m].reshape(3, m, -1).sum(0) if single else y
@@ -106,6 +105,12 @@ def matmul(
     if bias is not None and not plan.biased:
         y = y + bias.astype(jnp.float32)
     return y.astype(out_dtype)
+
+
+def _inner(spec, transpose):
+    """The contracted axis, padded."""
+    rows, columns = gpu_layout.padded(spec)
+    return columns if transpose else rows
 
 
 def _thirds(x):
@@ -143,7 +148,7 @@ class _Plan:
     outer: int
     inner: int
     m_tiles: int
-    columns: int
+    tokens: int
 
     @property
     def width(self) -> int:
@@ -246,11 +251,12 @@ class _Plan:
     @property
     def out(self) -> jax.ShapeDtypeStruct:
         """What the kernel writes."""
-        tokens = self.m_tiles * self.config.tokens
         if self.split:
-            shape: tuple[int, ...] = (self.shares, self.outer, tokens)
+            tokens = self.m_tiles * self.config.tokens
+            shape = (self.shares, self.outer, tokens)
             return jax.ShapeDtypeStruct(shape, jnp.float32)
-        return jax.ShapeDtypeStruct((tokens, self.outer), jnp.dtype(self.out_dtype))
+        shape = (self.tokens, self.outer)  # copies leave rows beyond the last out
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(self.out_dtype))
 
 
 def _owner(step, plan):
@@ -270,19 +276,21 @@ def _plan(spec, x, w, config, out_dtype, transpose, biased, single):
         out_dtype=out_dtype.name,
         scale_dtype=jnp.dtype(w.scale.dtype).name,
         zero="" if w.zero is None else jnp.dtype(w.zero.dtype).name,
-        stacked=w.codes.ndim == 4,
+        stacked=w.codes.ndim == 3,
         biased=biased and not config.split,
         outer=outer,
         inner=inner,
         m_tiles=-(-x.shape[0] // config.tokens),
-        columns=x.shape[0],
+        tokens=x.shape[0],
     )
 
     def need(condition, what):
         if not condition:
             raise KernelError(f"{_NAME}: config {config}: {what}")
 
-    need(outer % plan.width == 0, f"{plan.width} columns per tile do not divide {outer}")
+    need(
+        outer % plan.width == 0, f"{plan.width} columns per tile do not divide {outer}"
+    )
     need(config.rows == 64 or (config.rows == 128 and not transpose), "rows")
     need(config.tokens % 8 == 0 and 8 <= config.tokens <= 256, "tokens")
     need(config.split or config.tokens % 64 == 0, "whole tiles need 64 tokens")
@@ -311,12 +319,16 @@ def _total(y, plan):
 def _call(plan: _Plan, interpret):
     config = plan.config
     x_type = jnp.dtype(plan.dtype)
-    stages, width = config.stages, plan.width
+    stages = config.stages
     bits = gpu_layout.codec(plan.spec).bits
     blocks = config.rows // 64
-    shape = (1, config.warpgroups * bits) if plan.transpose else (
-        config.warpgroups,
-        blocks * bits,
+    shape = (
+        (1, config.warpgroups * bits)
+        if plan.transpose
+        else (
+            config.warpgroups,
+            blocks * bits,
+        )
     )
     scale_type = jnp.dtype(plan.scale_dtype)
     if scale_type == jnp.float8_e4m3fn:
@@ -345,7 +357,7 @@ def _call(plan: _Plan, interpret):
             transforms=transforms,
         )
     spec = plan.spec
-    tokens = plan.columns
+    tokens = plan.tokens
     packed = spec.k * spec.n * bits // 8
     cost = pl.CostEstimate(
         flops=2 * tokens * spec.k * spec.n,
@@ -485,9 +497,7 @@ def _compute(plan, interpret, block, warpgroup, inputs, bias, out, scratch):
         tile, _ = _place(plan, block, start)
         outer, m_tile = tile // plan.m_tiles, lax.rem(tile, plan.m_tiles)
         column = outer * plan.width + warpgroup * 64
-        total = _tile_sum(
-            plan, interpret, warpgroup, start, stop, first, scratch
-        )
+        total = _tile_sum(plan, interpret, warpgroup, start, stop, first, scratch)
         if plan.mode == "end":
             total = _scaled_total(plan, total, inputs, column)
         if plan.split:
@@ -505,7 +515,7 @@ def _compute(plan, interpret, block, warpgroup, inputs, bias, out, scratch):
 def _tile_sum(plan, interpret, warpgroup, start, stop, first, scratch):
     """Sum over the steps of a tile, `[64, tokens]`, and the sum of `x` for zeros."""
     config = plan.config
-    accumulator = plgpu.ACC((64, config.tokens), jnp.float32)
+    accumulator = plgpu.WGMMAAccumulatorRef((64, config.tokens), jnp.float32)
     ones = plan.mode != "pre" and bool(plan.zero)
     multiply = functools.partial(_multiply, plan, interpret, warpgroup, scratch)
 
@@ -574,12 +584,16 @@ def _multiply(plan, interpret, warpgroup, scratch, slot, chunk, sums):
         plgpu.wgmma_wait(0)  # the product before read it
         operand[...] = a
         plgpu.commit_smem()
-        plgpu.wgmma(sums[0], hopper.transpose(operand) if plan.transpose else operand, x)
+        plgpu.wgmma(
+            sums[0], hopper.transpose(operand) if plan.transpose else operand, x
+        )
         plgpu.wgmma_wait(0)
     else:
         plgpu.wgmma(sums[0], a, x)
     if len(sums) > 1:
-        one = plgpu.layout_cast(jnp.ones((64, 64), a.dtype), plgpu.Layout.WGMMA)
+        one = plgpu.layout_cast(
+            jnp.ones((64, 64), jnp.dtype(plan.dtype)), plgpu.Layout.WGMMA
+        )
         if "operand" in scratch:
             operand = scratch["operand"].at[warpgroup]
             operand[...] = one

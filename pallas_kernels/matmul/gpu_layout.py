@@ -2,8 +2,8 @@
 
 `prepack` rewrites a canonical weight once; `unpack` is its exact inverse.
 
-* codes: int32 `[*layers, n / 64, k / 64 * words, 128]`, blocks of 64 columns by 64 rows
-  as `..hopper.pack` orders them. Tables of fewer than 16 entries are stored with 4-bit
+* codes: int32 `[*layers, n / 64, k / 64 * words]`, blocks of 64 columns by 64 rows as
+  `..hopper.pack` orders them. Tables of fewer than 16 entries are stored with 4-bit
   codes; 8-bit integers as signed ones.
 * scale, zero: as they were, `[*layers, groups, n]`.
 
@@ -55,6 +55,11 @@ def obstacle(spec: WeightSpec) -> str | None:
     return f"{spec.kind} codes of {spec.bits} bits"
 
 
+def words(weight: Weight):
+    """Codes as `..hopper` has them, `[*layers, n / 64, k / 64 * bits, 128]`."""
+    return weight.codes.reshape(*weight.codes.shape[:-1], -1, hopper.THREADS)
+
+
 def prepack(weight: Weight, spec: WeightSpec) -> tuple[Weight, WeightSpec] | None:
     """A canonical weight in this layout.
 
@@ -77,6 +82,7 @@ def prepack(weight: Weight, spec: WeightSpec) -> tuple[Weight, WeightSpec] | Non
         codes = _plain_codes(codes, spec)
     rows, columns = padded(spec)
     codes = hopper.pack(_grow(codes, rows, columns), codec(spec))
+    codes = codes.reshape(*codes.shape[:-2], -1)
     scale = _grow(weight.scale, groups(spec), columns)
     zero = weight.zero
     zero = None if zero is None else _grow(zero, groups(spec), columns)
@@ -94,7 +100,7 @@ def unpack(weight: Weight, spec: WeightSpec) -> Weight:
     Returns:
       Canonical arrays.
     """
-    codes = hopper.unpack(weight.codes, codec(spec))[..., : spec.n]
+    codes = hopper.unpack(words(weight), codec(spec))[..., : spec.n]
     if spec.bits < 8:
         codes = _packed_codes(codes, spec)
     else:
@@ -154,7 +160,9 @@ def _packed_codes(codes, spec):
     stride = unit * spec.bits // 8
     count = spec.packed_k // stride
     *lead, k, n = codes.shape
-    codes = jnp.pad(codes, [(0, 0)] * len(lead) + [(0, max(0, count * unit - k)), (0, 0)])
+    codes = jnp.pad(
+        codes, [(0, 0)] * len(lead) + [(0, max(0, count * unit - k)), (0, 0)]
+    )
     codes = codes[..., : count * unit, :].reshape(*lead, count, unit, n)
     out, shift = [], 0
     for width in fields:

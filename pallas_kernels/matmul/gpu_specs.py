@@ -147,7 +147,7 @@ def obstacle(spec: WeightSpec, m: int, x_dtype, *, transpose: bool = False):
 
 
 def device_obstacle() -> str | None:
-    """Why the default device cannot run the kernel; None without a GPU (compilation)."""
+    """Why the GPU cannot run the kernel; None where there is no GPU (to compile)."""
     try:
         devices = jax.devices("gpu")
     except RuntimeError:
