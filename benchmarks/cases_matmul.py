@@ -183,10 +183,10 @@ def tpu_cases():
         yield _tpu_case(name, 64, k, n)
         yield _tpu_case(name, 16, k, n, dtype="float32")
         yield _tpu_case(name, 512, k, n, dtype="float32")
-        yield _tpu_case(name, 7, 1000, 333, temporaries=4 << 20)
+        yield _tpu_case(name, 7, 1000, 333)
         yield _tpu_case(name, 16, *SHAPES[1])
         yield _tpu_case(name, 2048, *SHAPES[1])
-        yield _tpu_case(name, 16, k, n, layers=4, fast=name == "int4-g128")
+        yield _tpu_case(name, 16, k, n, layers=4)
 
 
 def _tpu_case(
@@ -223,7 +223,7 @@ def _tpu_case(
         "kernel": "matmul-",
         "bar": bars if main else None,
         # Rows of x in another order, split or with a copy per group.
-        "temporaries": 1 << 20 if m <= 64 else 16 * m * (k + n),
+        "temporaries": 4 << 20 if m <= 64 else 16 * m * (k + n),
         "fast": fast,
         **more,
     }

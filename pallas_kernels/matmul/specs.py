@@ -39,7 +39,8 @@ class Tuned:
     """What is known about a generation.
 
     Attributes:
-      depth: rows of a product that fill the matrix unit.
+      depth: rows that a product of small groups should reach together. More than 128
+        do not pay on 256-row matrix units: groups of 128 would need copies of `x`.
       decode: rows of `x` up to which the weight is decoded for one pass over it.
       columns: widest block of columns, in either regime.
       codes: most codes of a block in the decode regime (its schedule is unrolled).
@@ -61,8 +62,8 @@ SCALES = 1 << 17
 TUNED = {
     "v5e": Tuned(128, 64, (1024, 1024), 4 * MIB, 256, 100 * MIB),
     "v5p": Tuned(128, 64, (1024, 512), 4 * MIB, 256, 52 * MIB),
-    "v6e": Tuned(256, 128, (1024, 1024), 4 * MIB, 256, 100 * MIB),
-    "7x": Tuned(256, 128, (2048, 512), 8 * MIB, 256, 52 * MIB),
+    "v6e": Tuned(128, 128, (1024, 1024), 4 * MIB, 256, 100 * MIB),
+    "7x": Tuned(128, 128, (2048, 512), 8 * MIB, 256, 52 * MIB),
 }
 """Filled by the command in the module's docstring."""
 
