@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.errors import SpecError, UnsupportedError
-from qjax.ops import device, kernels, product
+from qjax.ops import blocked, device, kernels, product
 from qjax.pallas_kernels.matmul_a8 import reference
 
 DTYPES = ("int8", "float8_e4m3fn")
@@ -59,12 +59,17 @@ def rounded_product(x, q, x_scale, transpose, activation, backend):
     if name is None or backend is not None:
         return product.product(_rounded(x, x_scale, activation), q, transpose, backend)
     product.log(x, q, transpose, f"{name}, activations {activation}")
+
+    def split(x, q, dtype):
+        used = x if x_scale is not None else _rounded(x, None, activation)
+        return blocked.contract(used.astype(dtype), product.bare(q), False, cpu=False)
+
+    run = functools.partial(kernels.run_kernel, name, activation=activation)
     if x_scale is None:
-        return kernels.run_kernel(name, x, q, False, activation=activation)
+        return run(x, q, False, split=split)
     scale = reference.spread(x_scale, m)
     codes = reference.round_to(x.astype(jnp.float32), scale, activation)
-    y = kernels.run_kernel(name, codes, q, False, activation=activation)
-    return (y * scale).astype(dtype)
+    return (run(codes, q, False, split=split) * scale).astype(dtype)
 
 
 def _rounded(x, x_scale, activation):

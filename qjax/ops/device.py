@@ -53,3 +53,8 @@ def platform() -> str:
     if lowered.startswith("tpu"):
         return "tpu"
     return "cuda" if lowered.startswith("nvidia") else lowered
+
+
+def count() -> int:
+    """Devices a program may be split over; several for a device that is not there."""
+    return jax.device_count() if _TARGET.get() is None else max(jax.device_count(), 2)

@@ -127,7 +127,8 @@ def obstacle(
 
 def _exact(dtype: Any) -> bool:
     """Whether `jax.default_matmul_precision` asks for float32 products of float32."""
-    precision = jax.config.jax_default_matmul_precision
+    settings: Any = jax.config
+    precision = settings.jax_default_matmul_precision
     return dtype == jnp.float32 and precision in ("float32", "highest", "F32_F32_F32")
 
 
@@ -137,11 +138,22 @@ def run_kernel(
     q: Any,
     transpose: bool,
     activation: str | None = None,
+    split: Any = None,
 ) -> Float[Array, "m n"]:
     """`x W` or `x W^T` by a kernel, without obstacle.
 
-    With `activation`, `x` is rounded to that dtype by the kernel, or holds codes of it
-    whose scale is left to the caller; the product of codes is float32.
+    Args:
+      name: the backend.
+      x: activations; with `activation` they may be codes, whose scale is left to the
+        caller and whose product is float32.
+      q: the weight.
+      transpose: multiply by the transpose.
+      activation: what the kernel rounds `x` to.
+      split: for TPUs, `(x, q, dtype)` to the same product before NVFP4's divisor and
+        a table's offset, by operations that compilers can split over devices.
+
+    Returns:
+      The product in the dtype of `x`.
 
     Raises:
       SpecError: the arrays of `q` do not fit each other.
@@ -160,8 +172,15 @@ def run_kernel(
         options = {"out_dtype": dtype, "activation": activation}
         options |= {"x_scale": 1.0} if coded else {}
     call = functools.partial(_call, module(name, activation), tuple(options.items()))
+    weight = kernel_weight(q, spec)
+    extras, tree = jax.tree.flatten(q if layer is None else LayerOf(q, layer))
+
+    def other(x, *leaves):
+        return split(x, jax.tree.unflatten(tree, leaves), dtype)
+
+    spread = (other, extras) if name == "tpu" else (None, ())
     try:
-        y = partitioned(call, x, kernel_weight(q, spec), spec, layer, transpose)
+        y = partitioned(call, x, weight, spec, layer, transpose, *spread)
     except KernelError as error:
         raise SpecError(str(error)) from None
     if divisor is not None:

@@ -24,13 +24,12 @@ from jaxtyping import Array, Float
 from qjax.errors import SpecError, UnsupportedError
 from qjax.ops import activations, device
 from qjax.ops.blocks import materialize_scale, same_variance
-from qjax.ops.prepack import Prepacked
+from qjax.ops.prepack import Prepacked, cut
 from qjax.ops.product import (
     BACKENDS,
     Packed,
     array_product,
     choose,
-    cut,
     dense_product,
     product,
 )

@@ -8,6 +8,10 @@ each call says how it splits:
 * shards along the contracted axis are multiplied where they are and summed, provided
   that they hold whole groups and whole bytes; otherwise the weight is gathered, packed.
 
+On a mesh with explicit axes the kernel runs under `jax.shard_map` by this rule; with
+automatic axes the compiler applies it, but for TPUs, whose compiler cannot: there a
+program on several devices computes by XLA what kernels compute on one.
+
 Inside `jax.shard_map` there is nothing to split and the kernel runs on its shard. Under
 `jax.vmap` the call runs once per weight or, where only activations are mapped, once on
 all of them.
@@ -16,7 +20,7 @@ all of them.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +30,8 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from qjax.ops import device
+from qjax.ops.alone import alone_or
 from qjax.ops.blocks import same_variance
 from qjax.pallas_kernels.weights import Weight, WeightSpec
 
@@ -37,6 +43,8 @@ def partitioned(
     spec: WeightSpec,
     layer: Any,
     transpose: bool,
+    other: Callable[..., Array] | None = None,
+    extras: Sequence[Array] = (),
 ) -> Float[Array, "m n"]:
     """`call(x, weight, spec, layer)`, split over devices and mapped over batches.
 
@@ -47,10 +55,14 @@ def partitioned(
       spec: its spec; `call` gets the spec of the shard.
       layer: int32 scalar or None.
       transpose: whether `n` is the contracted axis.
+      other: on platforms whose compiler cannot be told how a kernel splits: computes
+        `other(x, *extras)`, the same product, in programs on several devices.
+      extras: its operands.
     """
     present = {k: v for k, v in weight._asdict().items() if v is not None}
-    split = _Split(call, spec, tuple(present), layer is not None, transpose)
+    split = _Split(call, spec, tuple(present), layer is not None, transpose, other)
     operands = [x, *present.values()] + ([] if layer is None else [layer])
+    operands += extras
     y = _mapped(split)(*operands)
     return same_variance((y, *operands))[0]
 
@@ -64,12 +76,18 @@ class _Split:
     names: tuple[str, ...]
     stacked: bool
     transpose: bool
+    other: Callable[..., Array] | None = None
+
+    @property
+    def count(self) -> int:
+        """Operands of the kernel; those of `other` follow."""
+        return 1 + len(self.names) + self.stacked
 
     def local(self, spec: WeightSpec) -> Callable[..., Array]:
         """The call on operands of a (shard's) spec."""
 
         def run(x, *leaves):
-            layer = leaves[-1] if self.stacked else None
+            layer = leaves[len(self.names)] if self.stacked else None
             arrays = dict(zip(self.names, leaves, strict=False))
             return self.call(x, Weight(**arrays), spec, layer)
 
@@ -98,8 +116,43 @@ def _mapped(split: _Split) -> Callable[..., Array]:
 
 def _spread(split: _Split) -> Callable[..., Array]:
     """Adds the rule for programs on several devices."""
-    if jax.device_count() == 1:
-        return split.local(split.spec)
+    kernel = split.local(split.spec)
+
+    def run(x, *leaves):
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.explicit_axes:
+            return _explicit(split, mesh, (x, *leaves)[: split.count])
+        if device.count() == 1 or mesh.manual_axes:
+            return kernel(x, *leaves)
+        if split.other is None:
+            return _automatic(split)(x, *leaves)
+        extras = leaves[split.count - 1 :]
+        return alone_or(
+            lambda x, *all: kernel(x, *all[: split.count - 1]),
+            lambda x, *all: split.other(x, *all[split.count - 1 :]),  # pyright: ignore[reportOptionalCall]
+            x,
+            *leaves[: split.count - 1],
+            *extras,
+        )
+
+    return run
+
+
+def _explicit(split: _Split, mesh, operands) -> Array:
+    """On a mesh whose shardings are part of types: a kernel per shard."""
+    types = [jax.typeof(operand) for operand in operands]
+    _, run, out, placed = _partition(split, mesh, types, None)
+    moved = [
+        jax.sharding.reshard(operand, place)
+        for operand, place in zip(operands, placed, strict=True)
+    ]
+    specs = tuple(place.spec for place in placed)
+    shards = jax.shard_map(run, in_specs=specs, out_specs=out.spec, check_vma=False)
+    return shards(*moved)
+
+
+def _automatic(split: _Split) -> Callable[..., Array]:
+    """Under `jit`, where compilers choose shardings and ask how the kernel splits."""
     # jit keeps constants of the kernel to itself, which this rule cannot take.
     run = custom_partitioning(jax.jit(split.local(split.spec)))
     lead = "l " if split.stacked else ""
@@ -111,10 +164,8 @@ def _spread(split: _Split) -> Callable[..., Array]:
     ]
     # A scalar has no factors; each axis of a tensor needs one.
     operands = ", ".join([f"m {k}", *rules] + ([""] if split.stacked else []))
-    run.def_partition(
-        functools.partial(_partition, split),
-        sharding_rule=f"{operands} -> m {n}",
-    )
+    rule = f"{operands} -> m {n}"
+    run.def_partition(functools.partial(_partition, split), sharding_rule=rule)
     return run
 
 
@@ -127,7 +178,7 @@ def _partition(split: _Split, mesh, arguments, result):
     if not _whole(split.spec, parts):
         along_k, parts = (), 1
     width = math.prod(mesh.shape[a] for a in along_n)
-    if split.spec.n % width:
+    if split.spec.n % width or split.spec.layout != "canonical":
         along_n, width = (), 1
     rows = tuple(a for a in rows if a not in along_k + along_n)
     local = dataclasses.replace(
@@ -173,4 +224,5 @@ def _whole(spec: WeightSpec, parts: int) -> bool:
     rows, rest = divmod(spec.k, parts)
     unit = 8 // math.gcd(8, spec.bits)
     grouped = spec.groups == 1 or rows % spec.group == 0
+    grouped = grouped and spec.layout == "canonical"
     return not rest and grouped and rows % unit == 0

@@ -28,7 +28,7 @@ from qjax.tensor import (
     QuantizedTensor,
     pytree_node,
 )
-from qjax.wrappers import Wrapper
+from qjax.wrappers import LayerOf, Wrapper
 
 _T = TypeVar("_T")
 _LAYOUTS = {"cuda": "qjax.pallas_kernels.matmul.gpu_layout"}
@@ -128,6 +128,12 @@ def canonical(tree: _T) -> _T:
         return leaf.canonical() if isinstance(leaf, Prepacked) else leaf
 
     return _map(back, tree)
+
+
+def cut(q: Any) -> LayoutTensor:
+    """The weight at rest, with a float scale; a layer is copied out of its stack."""
+    one: Any = q.cut() if isinstance(q, LayerOf) else q
+    return materialize_scale(one.canonical() if isinstance(one, Prepacked) else one)
 
 
 def _map(function: Any, tree: Any) -> Any:

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 from qjax.errors import UnsupportedError
 from qjax.formats import Cast
 from qjax.ops import blocked, device, kernels, rows
-from qjax.ops.blocks import materialize_scale, same_variance
-from qjax.ops.prepack import Prepacked
+from qjax.ops.blocks import replaced, same_variance
+from qjax.ops.prepack import Prepacked, cut
 from qjax.tensor import LayoutTensor, MinifloatTensor
 from qjax.wrappers import LayerOf
 
@@ -47,12 +47,6 @@ class Backend:
     run: Callable[[Float[Array, "m k"], Packed, bool], Float[Array, "m n"]]
 
 
-def cut(q: Packed) -> LayoutTensor:
-    """The weight at rest, with a float scale; a layer is copied out of its stack."""
-    one: Any = q.cut() if isinstance(q, LayerOf) else q
-    return materialize_scale(one.canonical() if isinstance(one, Prepacked) else one)
-
-
 def _rows_obstacle(m, q, dtype, transpose):
     del dtype
     return rows.obstacle(m, _shape_of(q), transpose)
@@ -73,12 +67,25 @@ def _run_xla(x, q, transpose):
     )
 
 
+def bare(q: Packed) -> LayoutTensor:
+    """`cut`, without NVFP4's divisor and a table's offset, which kernels leave out."""
+    one = cut(q)
+    absent = {
+        name: None
+        for name in ("global_scale", "offset")
+        if getattr(one, name, None) is not None
+    }
+    return replaced(one, **absent)
+
+
 def _kernel(name, summary):
-    return Backend(
-        summary,
-        functools.partial(kernels.obstacle, name),
-        functools.partial(kernels.run_kernel, name),
-    )
+    def run(x, q, transpose):
+        def split(x, q, dtype):
+            return blocked.contract(x.astype(dtype), bare(q), transpose, cpu=False)
+
+        return kernels.run_kernel(name, x, q, transpose, split=split)
+
+    return Backend(summary, functools.partial(kernels.obstacle, name), run)
 
 
 BACKENDS: dict[str, Backend] = {
