@@ -120,9 +120,9 @@ def matmul(
     rows, columns = layout.padded(spec)
     tokens = plan.m_tiles * config.tokens
     codes = jnp.pad(codes, [(0, tokens - m), (0, rows - spec.k)])
-    operands = [codes, w.codes, _wide(w.scale)]
+    operands = [codes, w.codes, _scale(w.scale)]
     if plan.zero:
-        operands.append(_wide(w.zero))
+        operands.append(w.zero.astype(_type(w.zero)))
     if layer is not None:
         operands.append(jnp.reshape(layer, (1,)).astype(jnp.int32))
     if not config.split:
@@ -139,13 +139,11 @@ def matmul(
     return y.astype(out)
 
 
-def _wide(stat):
-    """Scales that the kernel cannot read are converted, all layers of them."""
-    if stat.dtype == jnp.uint8:
-        return jnp.exp2(stat.astype(F32) - 127)
-    if stat.dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return stat
-    return stat.astype(F32)
+def _scale(scale):
+    """Scales that the kernel cannot read are converted; bytes are exponents."""
+    if scale.dtype == jnp.uint8:
+        return jnp.exp2(scale.astype(F32) - 127)
+    return scale.astype(_type(scale))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +248,7 @@ class _Plan:
         return np.array([first, last])
 
     def owner(self, step):
-        """The block that does a step: the largest `b` with `b total // blocks <= step`."""
+        """The block that does a step: the last `b` with `b total // blocks <= step`."""
         total = self.tiles * self.steps
         return ((step + 1) * self.blocks + total - 1) // total - 1
 
@@ -307,6 +305,7 @@ def _plan(spec, w, x, config, out):
 
 
 def _type(stat):
+    """The type in which the kernel reads scales or zero-points."""
     kept = (jnp.float32, jnp.bfloat16, jnp.float16)
     return stat.dtype if stat.dtype in kept else F32
 

@@ -201,7 +201,7 @@ class A8Suite:
         assert np.unique(far).size > 10
 
     @settings(
-        max_examples=4,
+        max_examples=4,  # each takes seconds under an interpreter
         deadline=None,
         suppress_health_check=[HealthCheck.differing_executors],
     )

@@ -25,7 +25,7 @@ class OnGpu(A8Suite):
 
     backend = "gpu"
     representative = ("w8", "w4-g128", "w4-fp8-g128", "fp8")
-    shapes = ((1, 256, 128), (17, 200, 100), (70, 128, 130))
+    shapes = ((1, 256, 128), (9, 200, 100), (70, 128, 60))
 
     def interpret(self):
         return plgpu.InterpretGPUParams()  # pyright: ignore
@@ -53,7 +53,7 @@ if INTERPRETED:
 
     def test_whole_tiles():
         suite = OnGpu()
-        for name in ("w8", "w4-g128", "fp8-g128"):
+        for name in ("w8", "w4-g128"):
             suite.check(name, 70, 256, 128, "bfloat16", bias=True)
 
 
