@@ -155,13 +155,12 @@ def matmul(
     expert = where.expert if first is None else where.expert + first.astype(jnp.int32)
     operands = [parts]
     for w in weights:
-        operands += [w.codes, dense._bits(w.scale)]
+        operands += [gpu_layout.words(w), dense._bits(w.scale)]
         operands += [w.zero] if plan.zero else []
         if spec.kind == "table":
             operands.append(hopper.table_pairs(w.table, x.dtype))
-    y = _call(plan, len(weights), count, activation, interpret)(
-        expert, where.count, *operands
-    )
+    call: Any = _call(plan, len(weights), count, activation, interpret)
+    y = call(expert, where.count, *operands)
     columns = spec.k if transpose else spec.n
     if config.split:
         y = y[where.place // config.tokens, :, where.place % config.tokens]

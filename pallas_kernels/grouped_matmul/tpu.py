@@ -91,7 +91,8 @@ def matmul(
 
 def _stored(plan, w):
     """The arrays as the kernels read them: bits of small floats, a wide table."""
-    table = decode.table_operand(plan.dec, plan.spec, plan.tiles.chip, w.table)
+    table = None if w.table is None else dense._split(w.table, plan.terms)
+    table = decode.table_operand(plan.dec, plan.spec, plan.tiles.chip, table)
     return Weight(
         dense._bytes(plan, w.codes),
         dense._stored(w.scale),
@@ -109,11 +110,11 @@ def _operands(plan, weights, place):
             (None, rows, columns), lambda *grid: (place(*grid)[0], 0, place(*grid)[1])
         )
 
-    def whole(rows, lead):
+    def whole(shape, lead):
         def index(*grid):
-            return place(*grid)[0] if lead else 0, 0, 0
+            return place(*grid)[0] if lead else 0, 0, 0, 0
 
-        return pl.BlockSpec((None, rows, 128), index)
+        return pl.BlockSpec((None, *shape), index)
 
     for i, w in enumerate(weights):
         for name in ("codes", "scale", "zero"):
@@ -121,9 +122,9 @@ def _operands(plan, weights, place):
             if array is not None:
                 found[f"{name}{i}"] = (array, block(array.shape[1]))
         if w.table is not None:
-            shared = w.table.ndim == 2  # the same for all experts
+            shared = w.table.ndim == 3  # the same for all experts
             table = w.table[None] if shared else w.table
-            found[f"table{i}"] = (table, whole(table.shape[1], not shared))
+            found[f"table{i}"] = (table, whole(table.shape[1:], not shared))
     groups = dense._blocks(plan, _one(weights[0]), lambda i, j: 0).get("groups")
     if groups is not None:
         array = groups[0]
@@ -144,7 +145,8 @@ def _scratch(plan, count):
             found[f"{name}{i}"] = array
         if plan.tiles.prefill and not plan.transpose:
             dtype = plan.dec.dtype if plan.after else jnp.bfloat16
-            found[f"panel{i}"] = pltpu.VMEM((plan.rows, plan.tiles.columns), dtype)
+            shape = (plan.terms, plan.rows, plan.tiles.columns)
+            found[f"panel{i}"] = pltpu.VMEM(shape, dtype)
     return found
 
 
@@ -243,8 +245,11 @@ def _fill_panel(plan, refs):
     dense._stage(plan, refs)
     for r in range(plan.regions):
         lines = slice(r * plan.region, (r + 1) * plan.region)
-        decoded = (dense._decoded if plan.after else dense._weight)(plan, refs, r)
-        refs["panel"][lines, :] = decoded
+        if not plan.after:
+            refs["panel"][0, lines, :] = dense._weight(plan, refs, r)
+            continue
+        for term in range(plan.terms):
+            refs["panel"][term, lines, :] = dense._decoded(plan, refs, r, term)
 
 
 def _product(plan, refs):
@@ -254,12 +259,12 @@ def _product(plan, refs):
         operand = functools.partial(dense._decoded, plan, refs)
         return dense._accumulate(plan, refs, operand)
     if not plan.after:
-        return dense._dot(refs["x"][...], refs["panel"][...])
+        return dense._dot(refs["x"][...], refs["panel"][0])
     for name, staged in zip(("scale", "zero"), plan.stages, strict=True):
         refs[name] = refs["staged_" + name] if staged else refs.get(name)
 
-    def panel(r):
-        return refs["panel"][r * plan.region : (r + 1) * plan.region, :]
+    def panel(r, term):
+        return refs["panel"][term, r * plan.region : (r + 1) * plan.region, :]
 
     return dense._accumulate(plan, refs, panel)
 

@@ -25,8 +25,8 @@ from jaxtyping import Array, Float, Int
 from qjax.errors import SpecError, UnsupportedError
 from qjax.ops import device, grouped_kernels, windows
 from qjax.ops.blocks import materialize_scale, same_variance
-from qjax.ops.prepack import Prepacked
-from qjax.ops.product import Packed, cut, product
+from qjax.ops.prepack import Prepacked, cut
+from qjax.ops.product import Packed, product
 from qjax.tensor import LayoutTensor, QuantizedTensor
 from qjax.wrappers import (
     InputScaled,
@@ -81,12 +81,20 @@ def _run_windows(x, group_sizes, q, transpose):
 
 
 def _kernel(name, summary):
-    return Backend(
-        summary,
-        functools.partial(grouped_kernels.obstacle, name),
-        functools.partial(grouped_kernels.run, name),
-        functools.partial(grouped_kernels.run_gated, name),
-    )
+    def run(x, group_sizes, q, transpose):
+        def other(x, group_sizes, q):
+            return _run_windows(x, group_sizes, q, transpose)
+
+        return grouped_kernels.run(name, x, group_sizes, q, transpose, other)
+
+    def gated(x, group_sizes, gate, up, activation):
+        other = functools.partial(_two, activation, "windows")
+        return grouped_kernels.run_gated(
+            name, x, group_sizes, gate, up, activation, other
+        )
+
+    obstacle = functools.partial(grouped_kernels.obstacle, name)
+    return Backend(summary, obstacle, run, gated)
 
 
 BACKENDS: dict[str, Backend] = {

@@ -6,9 +6,11 @@ offset). Experts of one layer of a stack of layers are read where they lie.
 
 In a program on several devices a call computes the columns that a device has; shards
 along the contracted axis are summed when they hold whole groups, and rows are gathered,
-because groups are counted over all of them. Experts that are themselves spread over
-devices are for `jax.shard_map`, where every device calls with its own groups. Under
-`jax.vmap` calls run one after the other.
+because groups are counted over all of them. (The compiler for TPUs cannot be told; see
+`qjax.ops.alone`. There such a program runs the loop of `qjax.ops.windows`, unless its
+mesh has explicit axes.) Experts that are themselves spread over devices are for
+`jax.shard_map`, where every device calls with its own groups. Under `jax.vmap` calls
+run one after the other.
 """
 
 import dataclasses
@@ -26,7 +28,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from qjax.errors import SpecError
-from qjax.ops import kernels, partition
+from qjax.ops import device, kernels, partition
+from qjax.ops.alone import alone_or
 from qjax.pallas_kernels.weights import KernelError, Weight, WeightSpec
 from qjax.wrappers import LayerOf
 
@@ -88,13 +91,50 @@ def _stack_of(q):
 
 
 def run(
-    name: str, x: Float[Array, "m k"], sizes: Int[Array, " e"], q: Any, transpose: bool
+    name: str,
+    x: Float[Array, "m k"],
+    sizes: Int[Array, " e"],
+    q: Any,
+    transpose: bool,
+    other: Callable[..., Array],
 ) -> Float[Array, "m n"]:
     """The grouped product by a kernel, without obstacle.
+
+    Args:
+      name: the backend.
+      x: rows sorted by expert.
+      sizes: rows of each expert.
+      q: the weight.
+      transpose: multiply by the transposes.
+      other: `(x, sizes, q)` to the same product by operations that compilers can
+        split over devices.
+
+    Returns:
+      The product in the dtype of `x`.
 
     Raises:
       SpecError: the arrays of `q` do not fit each other.
     """
+    run = functools.partial(_finished, name, transpose)
+    return _alone(name, run, other, x, sizes, q)
+
+
+def _alone(name, run, other, *operands):
+    """`run`, or on TPUs `other` where a program is split over devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    inside = mesh.explicit_axes or mesh.manual_axes
+    if name != "tpu" or device.count() == 1 or inside:
+        return run(*operands)
+    leaves, tree = jax.tree.flatten(operands)
+
+    def flat_call(function):
+        return lambda *leaves: function(*jax.tree.unflatten(tree, leaves))
+
+    return alone_or(flat_call(run), flat_call(other), *leaves)
+
+
+def _finished(name, transpose, x, sizes, q):
+    """A kernel's product with what kernels leave out."""
     stack, first, experts = flat(q)
     divisor = getattr(stack, "global_scale", None)
     offset = getattr(stack, "offset", None)
@@ -120,11 +160,16 @@ def run_gated(
     gate: Any,
     up: Any,
     activation: str,
+    other: Callable[..., Array],
 ) -> Float[Array, "m n"]:
-    """The gated form by a kernel, without obstacle."""
-    first = flat(gate)[1]
-    stacks = (flat(gate)[0], flat(up)[0])
-    return _run(name, x, sizes, stacks, first, False, activation, True)
+    """The gated form by a kernel, without obstacle; `other` as for `run`."""
+
+    def run(x, sizes, gate, up):
+        first = flat(gate)[1]
+        stacks = (flat(gate)[0], flat(up)[0])
+        return _run(name, x, sizes, stacks, first, False, activation, True)
+
+    return _alone(name, run, other, x, sizes, gate, up)
 
 
 def _run(name, x, sizes, stacks, first, transpose, activation, plain):
@@ -195,14 +240,40 @@ def _mapped(call: _Call) -> Callable[..., Array]:
 
 def _spread(call: _Call) -> Callable[..., Array]:
     """Adds the rule for programs on several devices."""
-    if jax.device_count() == 1:
-        return call.local(call.spec)
-    # Constants that a kernel prepares must not be captured: `jit` keeps them inside.
+    kernel = call.local(call.spec)
+
+    def run(*operands):
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.explicit_axes:
+            return _explicit(call, mesh, operands)
+        if device.count() == 1 or mesh.manual_axes or call.name == "tpu":
+            return kernel(*operands)
+        return _automatic(call)(*operands)
+
+    return run
+
+
+def _explicit(call: _Call, mesh, operands) -> Array:
+    """On a mesh whose shardings are part of types: a kernel per shard."""
+    types = [jax.typeof(operand) for operand in operands]
+    _, run, out, placed = _partition(call, mesh, types, None)
+    moved = [
+        jax.sharding.reshard(operand, place)
+        for operand, place in zip(operands, placed, strict=True)
+    ]
+    specs = tuple(place.spec for place in placed)
+    shards = jax.shard_map(run, in_specs=specs, out_specs=out.spec, check_vma=False)
+    return shards(*moved)
+
+
+def _automatic(call: _Call) -> Callable[..., Array]:
+    """Under `jit`, where compilers choose shardings and ask how the kernel splits."""
+    # jit keeps constants of the kernel to itself, which this rule cannot take.
     run = custom_partitioning(jax.jit(call.local(call.spec)))
     k, n = ("n", "k") if call.transpose else ("k", "n")
     packed = {"codes": "l p n", "scale": "l g n", "zero": "l g n", "table": "l t"}
     if call.spec.layout != "canonical":  # no axis of such codes is one of the matrix
-        packed["codes"] = "l a b c"
+        packed["codes"] = "l a b"
     rules = [packed[name] for name in call.names] * call.count
     operands = ", ".join([f"m {k}", "e", "", *rules])
     run.def_partition(
