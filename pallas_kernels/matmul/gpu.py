@@ -199,7 +199,9 @@ class _Plan:
     @property
     def mode(self) -> str:
         """Where scales multiply: "end", "post" or "pre"."""
-        if self.transpose:
+        # Four warpgroups have no registers for the sums that zero-points need.
+        crowded = self.zero and self.config.tokens > 8 and self.config.warpgroups > 2
+        if self.transpose or crowded:
             return "pre"
         if self.single:
             return "end"
@@ -336,14 +338,12 @@ def _call(plan: _Plan, interpret):
     scratch = dict(
         x_smem=hopper.tile((config.tokens, config.rows), x_type, stages),
         codes_smem=plgpu.SMEM((stages, *shape, 128), jnp.int32),
-        scale_smem=plgpu.SMEM((stages, plan.pieces, plan.lanes), scale_type),
+        scale_smem=_statistics(plan, scale_type),
         full=plgpu.Barrier(num_arrivals=3 + bool(plan.zero), num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=stages),
     )
     if plan.zero:
-        scratch["zero_smem"] = plgpu.SMEM(
-            (stages, plan.pieces, plan.lanes), jnp.dtype(plan.zero)
-        )
+        scratch["zero_smem"] = _statistics(plan, jnp.dtype(plan.zero))
     if plan.spec.kind == "table":
         scratch["table_smem"] = plgpu.SMEM((256, 32), jnp.int32)
         scratch["table_ready"] = plgpu.Barrier(num_arrivals=1)
@@ -376,6 +376,14 @@ def _call(plan: _Plan, interpret):
         cost=cost,
         interpret=interpret,
     )
+
+
+def _statistics(plan, dtype):
+    """Shared memory for scales or zero-points; stages start at 128 bytes."""
+    rows = plan.pieces
+    while rows * plan.lanes * dtype.itemsize % 128:
+        rows += 1
+    return plgpu.SMEM((plan.config.stages, rows, plan.lanes), dtype)
 
 
 def _body(plan: _Plan, interpret, x, codes, scale, *refs, **scratch):
@@ -478,7 +486,7 @@ def _copy(plan, block, inputs, scratch):
             if source is not None:
                 plgpu.copy_gmem_to_smem(
                     source.at[pl.ds(piece, plan.pieces), lanes],
-                    scratch[name].at[slot],
+                    scratch[name].at[slot, pl.ds(0, plan.pieces)],
                     full,
                 )
 

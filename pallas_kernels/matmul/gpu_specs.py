@@ -99,7 +99,7 @@ def stage_bytes(spec: WeightSpec, config: Config, transpose: bool) -> int:
     x = config.tokens * rows * 2
     lanes, deep = (64, width) if transpose else (width, rows)
     pieces = 1 if spec.group >= spec.k else max(1, -(-deep // spec.group))
-    return codes + x + 2 * 4 * lanes * pieces
+    return codes + x + 2 * max(128, 4 * lanes * pieces)
 
 
 def fixed_bytes(spec: WeightSpec, config: Config, transpose: bool) -> int:
