@@ -107,12 +107,14 @@ def write_kv(
     *,
     layer=None,
     rotate: str = "none",
+    backend: str = "reference",
+    interpret: Any = False,
 ) -> KV:
     """Returns the cache with keys and values quantized into slots from `index` on.
 
-    Quantization and write are one fused program on every backend: XLA computes the
-    codes of the call's tokens and places them in the caller's buffer, in place where
-    it is donated or a loop's carry; nothing of the cache's size is made.
+    In place where the cache is donated or a loop's carry: codes of the call's tokens
+    are computed and placed in the caller's buffer. On some TPUs XLA copies a packed
+    buffer to update it; the kernel of backend "tpu" rewrites the tiles it must.
 
     Args:
       k: Keys `[batch, kv_heads, time, head_dim]`, float.
@@ -122,6 +124,8 @@ def write_kv(
         `index + time <= length`.
       layer: int32 layer of a stacked cache.
       rotate: "none", "keys" or "both".
+      backend: "tpu", or "reference" for plain jnp (CPU, GPU).
+      interpret: Passed to the kernel's `pallas_call`.
 
     Raises:
       AttentionError: An argument does not fit.
@@ -131,6 +135,14 @@ def write_kv(
         raise AttentionError(
             f"write_kv: v has shape {list(v.shape)}, expected {list(k.shape)}, that "
             "of k"
+        )
+    if backend == "tpu":
+        if reason := specs.write_obstacle(cache):
+            raise AttentionError(f"write_kv: backend 'tpu': {reason}")
+        from .tpu import write
+
+        return write(
+            k, v, cache, index, layer=layer, rotate=rotate, interpret=interpret
         )
     scale_dtype = cache.scale.dtype
     new = reference.encode(k, v, cache.kind, rotate=rotate, scale_dtype=scale_dtype)

@@ -138,6 +138,16 @@ def _tpu_obstacle(p: Problem) -> str | None:
     return None
 
 
+def write_obstacle(cache: KV) -> str | None:
+    """Returns why the TPU kernel cannot write to a cache, or None."""
+    length, row = cache.codes.shape[-2:]
+    if row % 128:
+        return f"a cache row has {row} codes, not a multiple of 128 lanes"
+    if length % 128:
+        return f"{length} slots, not a multiple of 128"
+    return None
+
+
 def _gpu_obstacle(p: Problem) -> str | None:
     if p.dtype != "bfloat16":
         return f"{p.dtype} queries; the kernel multiplies in bfloat16"

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from . import specs
-from .reference import KV, MASKED, reach
+from .reference import KV, MASKED, encode, reach
 
 LANES = 128
 
@@ -230,3 +230,112 @@ def _absorb(seen, scale, q, codes, scales, top, total, mixed, *, kind, whole, so
     if kind == "int4":
         more -= 8.0 * jnp.sum(weight.astype(jnp.float32), axis=1, keepdims=True)
     mixed[...] = mixed[...] * fade + more
+
+
+def write(k, v, cache: KV, index, *, layer=None, rotate="none", interpret: Any = False):
+    """Writes tokens into the slots from `index` on, in place.
+
+    Only the tiles that hold these slots are read and written back: 32 slots of codes
+    for one token, as the chip packs bytes, blocks of 128 slots for more. Arguments are
+    those of `api.write_kv`, checked.
+    """
+    new = encode(k, v, cache.kind, rotate=rotate, scale_dtype=cache.scale.dtype)
+    codes, scales = cache if layer is not None else KV(*(a[None] for a in cache))
+    _, batch, kv_heads, length, width = codes.shape
+    time = k.shape[2]
+    tile = 32 if time == 1 else LANES
+    count = 1 if time == 1 else (time + LANES - 2) // LANES + 1
+    heads = specs.divisor(kv_heads, 8, 1)
+    index = jnp.asarray(index, jnp.int32)
+    number = jnp.asarray(0 if layer is None else layer, jnp.int32)
+    at = jnp.stack([number, index, index // tile, index // LANES])
+    if time == 1:
+        fresh = KV(
+            new.codes, jnp.broadcast_to(new.scale, (*new.scale.shape[:3], LANES))
+        )
+    else:  # moved to where the slots lie in their blocks
+        zero, offset = jnp.zeros((), jnp.int32), lax.rem(index, LANES)
+        window = (batch, kv_heads, count * LANES, width)
+        fresh = KV(
+            lax.dynamic_update_slice(
+                jnp.zeros(window, codes.dtype), new.codes, (zero, zero, offset, zero)
+            ),
+            lax.dynamic_update_slice(
+                jnp.zeros((batch, kv_heads, 2, count * LANES), scales.dtype),
+                new.scale,
+                (zero, zero, zero, offset),
+            ),
+        )
+
+    def codes_block(j, at):  # steps past the end repeat the last block
+        return jnp.minimum(at[2] + j, length // tile - 1)
+
+    def scale_block(j, at):
+        return jnp.minimum(at[3] + j, length // LANES - 1)
+
+    def part(j, at):
+        return scale_block(j, at) - at[3]
+
+    rows = 1 if time == 1 else LANES
+    stored = [
+        pl.BlockSpec(
+            (None, None, heads, tile, width),
+            lambda b, h, j, at: (at[0], b, h, codes_block(j, at), 0),
+        ),
+        pl.BlockSpec(
+            (None, None, heads, 2, LANES),
+            lambda b, h, j, at: (at[0], b, h, 0, scale_block(j, at)),
+        ),
+    ]
+    grid_spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(batch, kv_heads // heads, count),
+        in_specs=[
+            pl.BlockSpec(
+                (None, heads, rows, width), lambda b, h, j, at: (b, h, part(j, at), 0)
+            ),
+            pl.BlockSpec(
+                (None, heads, 2, LANES), lambda b, h, j, at: (b, h, 0, part(j, at))
+            ),
+            *stored,
+        ],
+        out_specs=stored,
+    )
+    touched = batch * kv_heads * count * (tile * width + LANES * 8)
+    done = pl.pallas_call(
+        functools.partial(_write_kernel, time=time, length=length),
+        grid_spec=grid_spec,
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (codes, scales)],
+        input_output_aliases={3: 0, 4: 1},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=0, bytes_accessed=2 * touched, transcendentals=0
+        ),
+        name=f"write_kv_{cache.kind}",
+        interpret=interpret,
+    )(at, *fresh, codes, scales)
+    return KV(*done) if layer is not None else KV(*(x[0] for x in done))
+
+
+def _write_kernel(
+    at, new_codes, new_scales, codes, scales, out_codes, out_scales, *, time, length
+):
+    """Replaces the slots of a tile that lie in the call's range."""
+    index, step = at[1], pl.program_id(2)
+
+    def inside(shape, axis, first):
+        size = shape[axis]
+        tile = jnp.minimum(first + step, length // size - 1)
+        slot = tile * size + lax.broadcasted_iota(jnp.int32, shape, axis)
+        return (slot >= index) & (slot < index + time)
+
+    wide = jnp.float32 if codes.dtype == jnp.float8_e4m3fn else jnp.int32
+    for head in range(codes.shape[0]):
+        old, new = codes[head].astype(wide), new_codes[head].astype(wide)
+        seen = inside(old.shape, 0, at[2])
+        mixed = jnp.where(seen, jnp.broadcast_to(new, old.shape), old)
+        out_codes[head] = mixed.astype(codes.dtype)
+        seen = inside(scales[head].shape, 1, at[3])
+        out_scales[head] = jnp.where(seen, new_scales[head], scales[head])

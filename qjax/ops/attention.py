@@ -183,7 +183,19 @@ def write_kv(
       layer: Which layer of a stacked cache.
       rotate: "none", "keys" or "both".
     """
-    return api.write_kv(k, v, cache, index, layer=layer, rotate=rotate)
+
+    def run(backend):
+        def call(k, v, cache, index, layer):
+            return api.write_kv(
+                k, v, cache, index, layer=layer, rotate=rotate, backend=backend
+            )
+
+        return call
+
+    arrays = (k, v, cache, jnp.asarray(index, jnp.int32), layer)
+    if device.platform() != "tpu" or specs.write_obstacle(cache):
+        return run("reference")(*arrays)
+    return lax.platform_dependent(*arrays, tpu=run("tpu"), default=run("reference"))
 
 
 def _blockwise(

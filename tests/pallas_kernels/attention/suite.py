@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from qjax.pallas_kernels.attention import api, reference
 from qjax.pallas_kernels.attention.reference import KINDS, KV, ROTATE
 
-
 write = jax.jit(api.write_kv, static_argnames=("layer", "rotate"))
 bound = jax.jit(
     reference.bound, static_argnames=("window", "softcap", "rotate", "compute")

@@ -4,6 +4,7 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
@@ -38,6 +39,25 @@ class TestTpu(AttentionSuite):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "kind, time, index",
+    [("int8", 1, 37), ("int4", 1, 255), ("float8_e4m3fn", 3, 253), ("int4", 140, 50)],
+)
+def test_write_equals_the_definition_everywhere(kind, time, index, rng):
+    def draw(n):
+        return jnp.asarray(rng.normal(size=(1, 2, n, 128)), jnp.float32)
+
+    cache = reference.empty(1, 2, 256, 128, kind, layers=(2,))
+    cache = api.write_kv(draw(256), draw(256), cache, 0, layer=1)
+    new = draw(time), draw(time)
+    expected = api.write_kv(*new, cache, index, layer=1, rotate="both")
+    got = api.write_kv(
+        *new, cache, index, layer=1, rotate="both", backend="tpu", interpret=INTERPRET
+    )
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a.astype(jnp.float32), b.astype(jnp.float32))
+
+
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 
 
@@ -59,7 +79,9 @@ def test_compiles_without_a_copy_of_the_cache(chip, kind, monkeypatch):
 
     def decode(q, k, v, cache, lengths, layer):
         tiles = specs.config(device.device_kind, specs.Problem.of(q, cache))
-        cache = api.write_kv(k, v, cache, lengths[0], layer=layer)
+        cache = api.write_kv(
+            k, v, cache, lengths[0], layer=layer, backend="tpu", rotate="keys"
+        )
         y = api.decode_attention(
             q, cache, lengths, layer=layer, backend="tpu", scale=0.1, config=tiles
         )
@@ -82,5 +104,5 @@ def test_compiles_without_a_copy_of_the_cache(chip, kind, monkeypatch):
     stored = sum(x.size * x.dtype.itemsize for x in cache)
     memory = step.memory_analysis()
     assert memory.argument_size_in_bytes < 1.02 * stored + (1 << 20)
-    assert memory.temp_size_in_bytes < 0.05 * stored
+    assert memory.temp_size_in_bytes < 0.05 * stored + (1 << 20)
     assert memory.alias_size_in_bytes >= stored
