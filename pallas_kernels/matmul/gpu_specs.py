@@ -1,8 +1,8 @@
 """Tiles of the Hopper product, and which products it takes.
 
 `Config` is everything that may be tuned. `default` picks from `TUNED`, whose entries
-are first choices by the arithmetic below until `python -m benchmarks.kernels --tune
-matmul` on the device replaces them.
+are first choices by the arithmetic below until those that
+`python benchmarks/tune_matmul_gpu.py` prints on the device replace them.
 
 * Few tokens (at most 64): the memory decides. Blocks of 256 columns by 128 rows
   (16 KiB of 4-bit codes) in as many stages as shared memory holds: the 4.8 TB/s of an
@@ -23,6 +23,8 @@ from . import gpu_layout
 SHARED_BYTES = 227 * 1024
 MULTIPROCESSORS = 132
 """Of H100 SXM and H200; grids are this large unless a `Config` says otherwise."""
+SINGLE_ROWS = 64
+"""Most rows of float32 `x`: three times as many are multiplied."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +79,20 @@ def default(spec: WeightSpec, m: int, dtype, out_dtype, transpose: bool) -> Conf
       Tiles that fit shared memory.
     """
     single = jnp.dtype(dtype) == jnp.float32
+    blocks = MULTIPROCESSORS
     if single:  # exact: sums of groups are scaled, which takes registers
         warpgroups, tile, rows, split = 2, min(64, -(-3 * m // 8) * 8), 128, True
     else:
         narrow = jnp.dtype(out_dtype).itemsize == 2
         chosen = next((v for most, v in TUNED.items() if m <= most), None)
         warpgroups, tile, rows, split = chosen or (2, 256, 64, not narrow)
+        if chosen is None and not narrow:  # a tile per block: one copy of sums
+            outer = gpu_layout.padded(spec)[0 if transpose else 1]
+            blocks = outer // (64 * warpgroups) * -(-m // tile)
     if transpose:
         warpgroups, rows = 2, 64
-    config = Config(warpgroups, tile, rows, 1, split, post=single or tile <= 16)
+    post = single or tile <= 16
+    config = Config(warpgroups, tile, rows, 1, split, post, blocks)
     room = SHARED_BYTES - 4096 - fixed_bytes(spec, config, transpose)
     stages = room // stage_bytes(spec, config, transpose)
     return dataclasses.replace(config, stages=min(stages, 8))
@@ -133,6 +140,8 @@ def obstacle(spec: WeightSpec, m: int, x_dtype, *, transpose: bool = False):
     single = dtype == "float32"
     if dtype not in ("bfloat16", "float16", "float32"):
         return f"x is {dtype}"
+    if single and m > SINGLE_ROWS:
+        return f"float32 x has {m} rows; partial sums of {SINGLE_ROWS} at most are kept"
     if single and transpose:
         return "float32 x times W^T would round scaled weights to bfloat16"
     if single and spec.kind == "table":

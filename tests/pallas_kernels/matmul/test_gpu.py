@@ -114,7 +114,16 @@ def test_defaults_fit_shared_memory(name, dtype, transpose):
 # --- Lowering -------------------------------------------------------------------------
 
 
-def lowered(name, m, dtype="bfloat16", *, transpose=False, layers=None, bias=False):
+def lowered(
+    name,
+    m,
+    dtype="bfloat16",
+    *,
+    transpose=False,
+    layers=None,
+    bias=False,
+    out_dtype=None,
+):
     """The exported program of a product."""
     k = 768 if layers is None else 512
     _, _, weight, spec = prepared(name, k, N, layers=layers)
@@ -131,6 +140,7 @@ def lowered(name, m, dtype="bfloat16", *, transpose=False, layers=None, bias=Fal
             bias=bias,
             layer=layer,
             transpose=transpose,
+            out_dtype=out_dtype,
             backend="gpu",
         )
 
@@ -140,7 +150,7 @@ def lowered(name, m, dtype="bfloat16", *, transpose=False, layers=None, bias=Fal
     )
     program = export(x, weight, b, layer)
     assert program.out_avals[0].shape == (m, columns)
-    assert program.out_avals[0].dtype == jnp.dtype(dtype)
+    assert program.out_avals[0].dtype == jnp.dtype(out_dtype or dtype)
     return program.mlir_module()
 
 
@@ -168,8 +178,13 @@ def test_lowers_for_other_activations(name, dtype):
         with pytest.raises(KernelError, match="multiple of 64 rows"):
             lowered(name, 5, dtype)
     else:
-        for m in (5, 600):
+        for m in (5, 40):
             assert "mosaic_gpu" in lowered(name, m, dtype)
+
+
+@pytest.mark.parametrize("m", [5, 1000])
+def test_results_may_be_wider(m):
+    assert "mosaic_gpu" in lowered("int4-g128", m, out_dtype="float32")
 
 
 @pytest.mark.parametrize("m", [3, 1000])
@@ -201,6 +216,12 @@ def test_obstacles(name, dtype, transpose, reason):
     _, _, _, spec = prepared(name, 256, 128)
     found = gpu.obstacle(spec, 4, jnp.dtype(dtype), transpose=transpose)
     assert reason in (found or "")
+
+
+def test_many_rows_in_single_precision_are_refused():
+    _, _, _, spec = prepared("int4-g128", 256, 128)
+    assert gpu.obstacle(spec, 64, jnp.float32) is None
+    assert "65 rows" in (gpu.obstacle(spec, 65, jnp.float32) or "")
 
 
 def test_canonical_weights_are_refused():
