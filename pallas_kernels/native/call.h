@@ -75,7 +75,8 @@ struct Call {
   int64_t dwords = 0;
 
   // Activations as an engine wants them, made by `prepare`.
-  int32_t* xq = nullptr;      // [m, dwords, halves]
+  int32_t* xq = nullptr;      // [m, xq_stride]: [dwords, halves] and padding
+  int64_t xq_stride = 0;
   const float* xf = nullptr;  // [m, columns of x]
   float* step = nullptr;      // [m, blocks]
   float* sum = nullptr;       // [m, blocks], of quantized or float x
@@ -97,5 +98,6 @@ struct Engine {
 constexpr int64_t kBlock = 256;       // most rows of W in a block: 255 * 32512 * 256 < 2^31
 constexpr int64_t kFloatBlock = 128;  // of a float panel: 32 kB at 64 columns
 constexpr float kTop = 32512;         // 127 * 256: most of a quantized activation
+constexpr float kE4m3 = 256;          // what values of E4M3 are divided by in panels
 
 }  // namespace qjax

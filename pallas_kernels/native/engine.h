@@ -73,60 +73,61 @@ struct Unit {
 
 alignas(64) static const uint8_t kZeros[64] = {};
 
+// Four units from `p`, `stride` between byte rows, as interleaved byte rows. Units from
+// `left` on do not exist.
+template <int BITS>
+INLINE void load_units(const uint8_t* p, int64_t stride, int64_t left, B turn,
+                       B (*rows)[4]) {
+  constexpr int R = Unit<BITS>::kRows;
+  UNROLL for (int r = 0; r < R; ++r) {
+    B in[4];
+    UNROLL for (int b = 0; b < 4; ++b) {
+      in[b] = load(b < left ? p + (b * R + r) * stride : kZeros);
+      if constexpr (BITS == 8) in[b] = bxor(in[b], turn);
+    }
+    interleave(in[0], in[1], in[2], in[3], rows[r]);
+  }
+}
+
 template <int BITS, int... J>
 INLINE void store_codes(const B* rows, uint8_t* panel, std::integer_sequence<int, J...>) {
-  for (int t = 0; t < 4; ++t) {
+  UNROLL for (int t = 0; t < 4; ++t) {
     (store(panel + (J * 4 + t) * W, code<BITS, J, true>(rows + t, 4)), ...);
   }
 }
 
 // Byte rows at `p`, `stride` apart, to a panel [dwords][4][W].
 template <int BITS>
-static void decode_codes(const uint8_t* p, int64_t stride, int64_t units,
-                         int flip, uint8_t* panel) {
+static void decode_codes(const uint8_t* p, int64_t stride, int64_t units, int flip,
+                         uint8_t* panel) {
   constexpr int R = Unit<BITS>::kRows, PER = Unit<BITS>::kPer;
   const B turn = bset(flip);
-  for (int64_t u = 0; u < units; u += 4) {
-    B rows[R][4];
-    for (int r = 0; r < R; ++r) {
-      B in[4];
-      for (int b = 0; b < 4; ++b) {
-        const uint8_t* at = p + ((u + b) * R + r) * stride;
-        bool real = u + b < units;
-        in[b] = load(real ? at : kZeros);
-        if constexpr (BITS == 8) in[b] = bxor(in[b], turn);
-      }
-      interleave(in[0], in[1], in[2], in[3], rows[r]);
-    }
+  B rows[R][4];
+  for (; units >= 4; units -= 4, p += 4 * R * stride, panel += PER * 4 * W) {
+    load_units<BITS>(p, stride, 4, turn, rows);
     store_codes<BITS>(rows[0], panel, std::make_integer_sequence<int, PER>());
-    panel += PER * 4 * W;
+  }
+  if (units > 0) {
+    load_units<BITS>(p, stride, units, turn, rows);
+    store_codes<BITS>(rows[0], panel, std::make_integer_sequence<int, PER>());
   }
 }
 
-// Adds a panel times MR rows of quantized x to y [MR][4 L], woven.
-template <int BITS, int H, int MR>
-static void multiply_codes(const uint8_t* panel, int64_t dwords, const int32_t* x,
-                           int64_t x_stride, const float* step, const float* sum,
-                           int64_t step_stride, const F* s, const F* z, float* y,
-                           int64_t y_stride) {
-  I acc[MR][H][4];
-  for (int r = 0; r < MR; ++r) {
-    for (int h = 0; h < H; ++h) {
-      for (int t = 0; t < 4; ++t) acc[r][h][t] = izero();
-    }
-  }
-  for (int64_t d = 0; d < dwords; ++d, panel += 4 * W) {
-    I w[4] = {iload(panel), iload(panel + W), iload(panel + 2 * W), iload(panel + 3 * W)};
-    for (int r = 0; r < MR; ++r) {
-      for (int h = 0; h < H; ++h) {
-        I v = iset(x[r * x_stride + d * H + h]);
-        for (int t = 0; t < 4; ++t) acc[r][h][t] = dot<BITS>(acc[r][h][t], w[t], v);
-      }
-    }
-  }
-  for (int r = 0; r < MR; ++r) {
-    F turn = fset(step[r * step_stride]), total = fset(sum[r * step_stride]);
-    for (int t = 0; t < 4; ++t) {
+// Quantized activations of some rows and one block, and what turns sums into results.
+struct Factors {
+  const int32_t* x;
+  int64_t x_stride;
+  const float *step, *sum;
+  int64_t step_stride;
+};
+
+// y += scale * step * (acc - zero * sum) for MR rows of y, woven.
+template <int H, int MR>
+INLINE void add_sums(const I (*acc)[H][4], const Factors& f, const F* s, const F* z,
+                     float* y, int64_t y_stride) {
+  UNROLL for (int r = 0; r < MR; ++r) {
+    F turn = fset(f.step[r * f.step_stride]), total = fset(f.sum[r * f.step_stride]);
+    UNROLL for (int t = 0; t < 4; ++t) {
       F v;
       if constexpr (H == 2) {
         v = halves(acc[r][0][t], acc[r][1][t]);
@@ -137,6 +138,83 @@ static void multiply_codes(const uint8_t* panel, int64_t dwords, const int32_t* 
       fstore(to, fma(fmul(s[t], turn), fnma(z[t], total, v), fload(to)));
     }
   }
+}
+
+template <int BITS, int H, int MR>
+INLINE void add_dots(I (*acc)[H][4], const I* w, const int32_t* x, int64_t x_stride) {
+  UNROLL for (int r = 0; r < MR; ++r) {
+    UNROLL for (int h = 0; h < H; ++h) {
+      I v = iset(x[r * x_stride + h]);
+      UNROLL for (int t = 0; t < 4; ++t) {
+        acc[r][h][t] = dot<BITS>(acc[r][h][t], w[t], v);
+      }
+    }
+  }
+}
+
+template <int H, int MR>
+INLINE void clear(I (*acc)[H][4]) {
+  UNROLL for (int r = 0; r < MR; ++r) {
+    UNROLL for (int h = 0; h < H; ++h) {
+      UNROLL for (int t = 0; t < 4; ++t) acc[r][h][t] = izero();
+    }
+  }
+}
+
+template <int MR>
+INLINE void clear(F (*acc)[4]) {
+  UNROLL for (int r = 0; r < MR; ++r) {
+    UNROLL for (int t = 0; t < 4; ++t) acc[r][t] = fset(0);
+  }
+}
+
+// Adds a panel times MR rows of quantized x to y [MR][4 L].
+template <int BITS, int H, int MR>
+static void multiply_codes(const uint8_t* panel, int64_t dwords, const Factors& f,
+                           const F* s, const F* z, float* y, int64_t y_stride) {
+  I acc[MR][H][4];
+  clear<H, MR>(acc);
+  const int32_t* x = f.x;
+  for (; dwords > 0; --dwords, panel += 4 * W, x += H) {
+    I w[4] = {iload(panel), iload(panel + W), iload(panel + 2 * W), iload(panel + 3 * W)};
+    add_dots<BITS, H, MR>(acc, w, x, f.x_stride);
+  }
+  add_sums<H, MR>(acc, f, s, z, y, y_stride);
+}
+
+template <int BITS, int H, int MR, int... J>
+INLINE void dot_units(const B* rows, const int32_t* x, int64_t x_stride, I (*acc)[H][4],
+                      std::integer_sequence<int, J...>) {
+  auto one = [&](auto j) INLINE_LAMBDA {
+    constexpr int at = decltype(j)::value;
+    I w[4];
+    UNROLL for (int t = 0; t < 4; ++t) w[t] = as_dwords(code<BITS, at, true>(rows + t, 4));
+    add_dots<BITS, H, MR>(acc, w, x + at * H, x_stride);
+  };
+  (one(std::integral_constant<int, J>()), ...);
+}
+
+// The same straight from byte rows, without a panel: for few rows of x.
+template <int BITS, int H, int MR>
+static void multiply_packed(const uint8_t* p, int64_t stride, int64_t units, int flip,
+                            const Factors& f, const F* s, const F* z, float* y,
+                            int64_t y_stride) {
+  constexpr int R = Unit<BITS>::kRows, PER = Unit<BITS>::kPer;
+  constexpr auto each = std::make_integer_sequence<int, PER>();
+  const B turn = bset(flip);
+  I acc[MR][H][4];
+  clear<H, MR>(acc);
+  B rows[R][4];
+  const int32_t* x = f.x;
+  for (; units >= 4; units -= 4, p += 4 * R * stride, x += PER * H) {
+    load_units<BITS>(p, stride, 4, turn, rows);
+    dot_units<BITS, H, MR>(rows[0], x, f.x_stride, acc, each);
+  }
+  if (units > 0) {
+    load_units<BITS>(p, stride, units, turn, rows);
+    dot_units<BITS, H, MR>(rows[0], x, f.x_stride, acc, each);
+  }
+  add_sums<H, MR>(acc, f, s, z, y, y_stride);
 }
 
 enum class Value { table, cast, gather, e4m3, e5m2 };
@@ -156,40 +234,80 @@ INLINE F value(const I* rows, const Table& small, const float* large) {
   }
 }
 
+// Vector `t` of a unit: its float values, row by row.
 template <int BITS, Value V, int... J>
-INLINE void store_values(const I* rows, const Table& small, const float* large,
-                         float* panel, std::integer_sequence<int, J...>) {
-  (fstore(panel + J * 4 * L, value<BITS, V, J>(rows, small, large)), ...);
+INLINE void load_values(const uint8_t* p, int64_t stride, const Call& c,
+                        const Table& small, F* out, std::integer_sequence<int, J...>) {
+  constexpr int R = Unit<BITS>::kRows;
+  if constexpr (V == Value::e4m3) {
+    out[0] = e4m3(p);
+  } else if constexpr (V == Value::e5m2) {
+    out[0] = e5m2(p);
+  } else {
+    I rows[R];
+    UNROLL for (int r = 0; r < R; ++r) {
+      const uint8_t* from = p + r * stride;
+      if constexpr (V == Value::cast && BITS == 8) {
+        rows[r] = c.signed_codes ? widen_signed(from) : widen(from);
+      } else {
+        rows[r] = widen(from);
+      }
+    }
+    ((out[J] = value<BITS, V, J>(rows, small, c.table)), ...);
+  }
 }
 
 // Byte rows to a panel [rows][4][L] of float values.
 template <int BITS, Value V>
-static void decode_values(const uint8_t* p, int64_t stride, int64_t units,
-                          const Call& c, float* panel) {
+static void decode_values(const uint8_t* p, int64_t stride, int64_t units, const Call& c,
+                          float* panel) {
   constexpr int R = Unit<BITS>::kRows, PER = Unit<BITS>::kPer;
+  constexpr auto each = std::make_integer_sequence<int, PER>();
   const Table small = table(c.table);
-  for (int64_t u = 0; u < units; ++u, p += R * stride) {
-    for (int t = 0; t < 4; ++t, panel += L) {
-      const uint8_t* at = p + t * L;
-      if constexpr (V == Value::e4m3) {
-        fstore(panel, e4m3(at));
-      } else if constexpr (V == Value::e5m2) {
-        fstore(panel, e5m2(at));
-      } else {
-        I rows[R];
-        for (int r = 0; r < R; ++r) {
-          const uint8_t* from = at + r * stride;
-          if constexpr (V == Value::cast && BITS == 8) {
-            rows[r] = c.signed_codes ? widen_signed(from) : widen(from);
-          } else {
-            rows[r] = widen(from);
-          }
+  for (; units > 0; --units, p += R * stride, panel += PER * 4 * L) {
+    UNROLL for (int t = 0; t < 4; ++t) {
+      F out[PER];
+      load_values<BITS, V>(p + t * L, stride, c, small, out, each);
+      UNROLL for (int j = 0; j < PER; ++j) fstore(panel + (j * 4 + t) * L, out[j]);
+    }
+  }
+}
+
+// One row of x times byte rows, without a panel; `rows` of x count.
+template <int BITS, Value V>
+static void dot_values(const uint8_t* p, int64_t stride, int64_t rows, const Call& c,
+                       const float* x, const float* sum, const F* s, const F* z,
+                       float* y) {
+  constexpr int R = Unit<BITS>::kRows, PER = Unit<BITS>::kPer;
+  constexpr auto each = std::make_integer_sequence<int, PER>();
+  const Table small = table(c.table);
+  F acc[2][4];
+  clear<2>(acc);
+  // Two turns of the loop at once keep more sums in flight than an addition takes.
+  for (; rows >= 2 * PER; rows -= 2 * PER, x += 2 * PER) {
+    UNROLL for (int u = 0; u < 2; ++u, p += R * stride) {
+      UNROLL for (int t = 0; t < 4; ++t) {
+        F out[PER];
+        load_values<BITS, V>(p + t * L, stride, c, small, out, each);
+        UNROLL for (int j = 0; j < PER; ++j) {
+          acc[(j + u) % 2][t] = fma(fset(x[u * PER + j]), out[j], acc[(j + u) % 2][t]);
         }
-        store_values<BITS, V>(rows, small, c.table, panel,
-                              std::make_integer_sequence<int, PER>());
       }
     }
-    panel += (PER - 1) * 4 * L;
+  }
+  for (; rows > 0; rows -= PER, x += PER, p += R * stride) {
+    UNROLL for (int t = 0; t < 4; ++t) {
+      F out[PER];
+      load_values<BITS, V>(p + t * L, stride, c, small, out, each);
+      UNROLL for (int j = 0; j < PER; ++j) {
+        if (j < rows) acc[j % 2][t] = fma(fset(x[j]), out[j], acc[j % 2][t]);
+      }
+    }
+  }
+  const F total = fset(*sum);
+  UNROLL for (int t = 0; t < 4; ++t) {
+    F v = fnma(z[t], total, fadd(acc[0][t], acc[1][t]));
+    fstore(y + t * L, fma(s[t], v, fload(y + t * L)));
   }
 }
 
@@ -198,19 +316,17 @@ static void multiply_values(const float* panel, int64_t rows, const float* x,
                             int64_t x_stride, const float* sum, int64_t sum_stride,
                             const F* s, const F* z, float* y, int64_t y_stride) {
   F acc[MR][4];
-  for (int r = 0; r < MR; ++r) {
-    for (int t = 0; t < 4; ++t) acc[r][t] = fset(0);
-  }
+  clear<MR>(acc);
   for (int64_t i = 0; i < rows; ++i, panel += 4 * L) {
     F w[4] = {fload(panel), fload(panel + L), fload(panel + 2 * L), fload(panel + 3 * L)};
-    for (int r = 0; r < MR; ++r) {
+    UNROLL for (int r = 0; r < MR; ++r) {
       F v = fset(x[r * x_stride + i]);
-      for (int t = 0; t < 4; ++t) acc[r][t] = fma(v, w[t], acc[r][t]);
+      UNROLL for (int t = 0; t < 4; ++t) acc[r][t] = fma(v, w[t], acc[r][t]);
     }
   }
-  for (int r = 0; r < MR; ++r) {
+  UNROLL for (int r = 0; r < MR; ++r) {
     F total = fset(sum[r * sum_stride]);
-    for (int t = 0; t < 4; ++t) {
+    UNROLL for (int t = 0; t < 4; ++t) {
       float* to = y + r * y_stride + t * L;
       fstore(to, fma(s[t], fnma(z[t], total, acc[r][t]), fload(to)));
     }
@@ -218,10 +334,13 @@ static void multiply_values(const float* panel, int64_t rows, const float* x,
 }
 
 using DecodeCodes = void (*)(const uint8_t*, int64_t, int64_t, int, uint8_t*);
+using MultiplyCodes = void (*)(const uint8_t*, int64_t, const Factors&, const F*,
+                               const F*, float*, int64_t);
+using MultiplyPacked = void (*)(const uint8_t*, int64_t, int64_t, int, const Factors&,
+                                const F*, const F*, float*, int64_t);
 using DecodeValues = void (*)(const uint8_t*, int64_t, int64_t, const Call&, float*);
-using MultiplyCodes = void (*)(const uint8_t*, int64_t, const int32_t*, int64_t,
-                               const float*, const float*, int64_t, const F*, const F*,
-                               float*, int64_t);
+using DotValues = void (*)(const uint8_t*, int64_t, int64_t, const Call&, const float*,
+                           const float*, const F*, const F*, float*);
 using MultiplyValues = void (*)(const float*, int64_t, const float*, int64_t,
                                 const float*, int64_t, const F*, const F*, float*,
                                 int64_t);
@@ -233,52 +352,99 @@ static DecodeCodes codes_decoder(int bits) {
   return all[bits - 1];
 }
 
-static DecodeValues values_decoder(const Call& c) {
-  constexpr DecodeValues low[] = {
-      decode_values<1, Value::table>, decode_values<2, Value::table>,
-      decode_values<3, Value::table>, decode_values<4, Value::table>};
-  constexpr DecodeValues cast[] = {
-      decode_values<5, Value::cast>, decode_values<6, Value::cast>,
-      decode_values<7, Value::cast>, decode_values<8, Value::cast>};
-  constexpr DecodeValues wide[] = {
-      decode_values<5, Value::gather>, decode_values<6, Value::gather>,
-      decode_values<7, Value::gather>, decode_values<8, Value::gather>};
-  if (c.kind == Kind::e4m3) return decode_values<8, Value::e4m3>;
-  if (c.kind == Kind::e5m2) return decode_values<8, Value::e5m2>;
+template <int H>
+static MultiplyPacked packed_multiplier(int bits) {
+  constexpr MultiplyPacked all[] = {
+      multiply_packed<1, H, 1>, multiply_packed<2, H, 1>, multiply_packed<3, H, 1>,
+      multiply_packed<4, H, 1>, multiply_packed<5, H, 1>, multiply_packed<6, H, 1>,
+      multiply_packed<7, H, 1>, multiply_packed<8, H, 1>};
+  return all[bits - 1];
+}
+
+// Rows of x that are multiplied at once, as many as there are registers for sums.
+template <int H>
+constexpr int kTile = H == 2 ? (kRows + 1) / 2 : kRows;
+
+template <int N, int MOST>
+constexpr int kAtMost = N < MOST ? N : MOST;
+
+template <int BITS, int H>
+static MultiplyCodes codes_multiplier(int rows) {
+  constexpr int most = kTile<H>;
+  constexpr MultiplyCodes all[] = {multiply_codes<BITS, H, kAtMost<1, most>>,
+                                   multiply_codes<BITS, H, kAtMost<2, most>>,
+                                   multiply_codes<BITS, H, kAtMost<3, most>>,
+                                   multiply_codes<BITS, H, kAtMost<4, most>>,
+                                   multiply_codes<BITS, H, kAtMost<5, most>>,
+                                   multiply_codes<BITS, H, kAtMost<6, most>>};
+  return all[rows - 1];
+}
+
+static MultiplyCodes codes_multiplier(const Call& c, int rows) {
+  if (c.halves == 2) {
+    return c.bits == 8 ? codes_multiplier<8, 2>(rows) : codes_multiplier<7, 2>(rows);
+  }
+  return c.bits == 8 ? codes_multiplier<8, 1>(rows) : codes_multiplier<7, 1>(rows);
+}
+
+struct ValueCode {
+  DecodeValues decode;
+  DotValues dot;
+};
+
+template <int BITS, Value V>
+constexpr ValueCode kValueCode = {decode_values<BITS, V>, dot_values<BITS, V>};
+
+static ValueCode value_code(const Call& c) {
+  constexpr ValueCode low[] = {kValueCode<1, Value::table>, kValueCode<2, Value::table>,
+                               kValueCode<3, Value::table>, kValueCode<4, Value::table>};
+  constexpr ValueCode cast[] = {kValueCode<5, Value::cast>, kValueCode<6, Value::cast>,
+                                kValueCode<7, Value::cast>, kValueCode<8, Value::cast>};
+  constexpr ValueCode wide[] = {
+      kValueCode<5, Value::gather>, kValueCode<6, Value::gather>,
+      kValueCode<7, Value::gather>, kValueCode<8, Value::gather>};
+  if (c.kind == Kind::e4m3) return kValueCode<8, Value::e4m3>;
+  if (c.kind == Kind::e5m2) return kValueCode<8, Value::e5m2>;
   if (c.bits <= 4) return low[c.bits - 1];
   return c.kind == Kind::integer ? cast[c.bits - 5] : wide[c.bits - 5];
 }
 
-template <int BITS, int H>
-static MultiplyCodes codes_multiplier(int rows) {
-  constexpr MultiplyCodes all[] = {
-      multiply_codes<BITS, H, 1>, multiply_codes<BITS, H, 2>, multiply_codes<BITS, H, 3>,
-      multiply_codes<BITS, H, 4>, multiply_codes<BITS, H, 5>, multiply_codes<BITS, H, 6>};
+static MultiplyValues values_multiplier(int rows) {
+  constexpr MultiplyValues all[] = {
+      multiply_values<kAtMost<1, kRows>>, multiply_values<kAtMost<2, kRows>>,
+      multiply_values<kAtMost<3, kRows>>, multiply_values<kAtMost<4, kRows>>,
+      multiply_values<kAtMost<5, kRows>>, multiply_values<kAtMost<6, kRows>>};
   return all[rows - 1];
 }
 
-static MultiplyValues values_multiplier(int rows) {
-  constexpr MultiplyValues all[] = {multiply_values<1>, multiply_values<2>,
-                                    multiply_values<3>, multiply_values<4>,
-                                    multiply_values<5>, multiply_values<6>};
-  return all[rows - 1];
+// A strip's worth of numbers: where they are, or converted and padded in `line`.
+INLINE const float* strip_floats(const Array& a, int64_t first, int64_t count,
+                                 float* line) {
+  if (a.type == Type::f32 && count == W) {
+    return static_cast<const float*>(a.data) + first;
+  }
+  if (count < W) std::memset(line, 0, W * sizeof(float));
+  to_floats(a, first, count, line);
+  return line;
 }
 
 // Scales and zero-points of one group and strip; columns beyond the last have scale 0.
-static void load_scales(const Call& c, int64_t group, int64_t column, int64_t count,
+INLINE void load_scales(const Call& c, int64_t group, int64_t column, int64_t count,
                         float extra, bool weave, F* s, F* z) {
   alignas(64) float scale[W], zero[W];
-  if (count < W) std::memset(scale, 0, sizeof scale);
-  to_floats(c.scale, group * c.n + column, count, scale);
-  for (int t = 0; t < 4; ++t) s[t] = weave ? woven(scale, t) : fload(scale + t * L);
+  const float unit = c.kind == Kind::e4m3 ? kE4m3 : 1.f;
+  const float* from = strip_floats(c.scale, group * c.n + column, count, scale);
+  for (int t = 0; t < 4; ++t) {
+    s[t] = fmul(fset(unit), weave ? woven(from, t) : fload(from + t * L));
+  }
   if (c.zero.type == Type::none) {
-    for (int t = 0; t < 4; ++t) z[t] = fset(extra);
+    for (int t = 0; t < 4; ++t) z[t] = fset(extra / unit);
     return;
   }
-  if (count < W) std::memset(zero, 0, sizeof zero);
-  to_floats(c.zero, group * c.n + column, count, zero);
+  from = strip_floats(c.zero, group * c.n + column, count, zero);
   for (int t = 0; t < 4; ++t) {
-    z[t] = fadd(fset(extra), weave ? woven(zero, t) : fload(zero + t * L));
+    F v = fadd(fset(extra), weave ? woven(from, t) : fload(from + t * L));
+    z[t] = fmul(v, fset(1 / unit));
   }
 }
 
@@ -318,19 +484,20 @@ static Strip strip_of(const Call& c, const Block& block, int64_t column, int64_t
 // for whole spans of some of the rows, because memory likes neighbouring lines at once.
 // Inlined, or GCC takes it for a function without effect.
 INLINE void ask_ahead(const Call& c, size_t b, int64_t column, int64_t c0, int64_t c1) {
-  constexpr int64_t kSpan = 512;
-  const int64_t in_span = (column - c0) % kSpan, start = column - in_span;
-  const int64_t strips = ((start + kSpan < c1 ? kSpan : c1 - start) + W - 1) / W;
-  int64_t next = start + kSpan;
+  constexpr int64_t kSpan = 512, kStrips = kSpan / W;
+  const int64_t in_span = (column - c0) % kSpan;
+  int64_t next = column - in_span + kSpan;
   if (next >= c1) {
     if (++b == c.blocks.size()) return;
     next = c0;
   }
-  const int64_t bytes = next + kSpan < c1 ? kSpan : c1 - next;
-  const int64_t rows = c.blocks[b].units * c.unit_rows, i = in_span / W;
-  const uint8_t* p = c.codes + c.blocks[b].packed * c.n + next;
-  for (int64_t r = rows * i / strips; r < rows * (i + 1) / strips; ++r) {
-    for (int64_t j = 0; j < bytes; j += 64) PREFETCH(p + r * c.n + j);
+  const Block& block = c.blocks[b];
+  const int64_t rows = block.units * c.unit_rows, share = (rows + kStrips - 1) / kStrips;
+  const int64_t first = in_span / W * share;
+  const int64_t last = first + share < rows ? first + share : rows;
+  const uint8_t* p = c.codes + (block.packed + first) * c.n + next;
+  for (int64_t r = first; r < last; ++r, p += c.n) {
+    UNROLL for (int64_t j = 0; j < kSpan; j += 64) PREFETCH(p + j);
   }
 }
 
@@ -356,54 +523,68 @@ static void finish(const Call& c, const float* y, int64_t y_stride, int64_t m0, 
   }
 }
 
-template <int H>
-static MultiplyCodes codes_multiplier(int bits, int rows) {
-  return bits == 8 ? codes_multiplier<8, H>(rows) : codes_multiplier<7, H>(rows);
+// One strip and block of `forward`: y [rows of x][4 L] += x W.
+INLINE void add_strip(const Call& c, const Strip& strip, const Block& block, int64_t m0,
+                      int64_t m1, const F* s, const F* z, uint8_t* panel, float* y,
+                      int64_t y_stride) {
+  const int64_t blocks = c.blocks.size(), b = &block - c.blocks.data();
+  if (c.integer_engine) {
+    const int64_t stride = c.xq_stride, first = block.dword * c.halves;
+    const bool few = m1 - m0 == 1;
+    const int tile = few ? 1 : c.halves == 2 ? kTile<2> : kTile<1>;
+    if (!few) {
+      codes_decoder(c.bits)(strip.p, strip.stride, block.units, flip_of(c), panel);
+    }
+    for (int64_t r = m0, n; r < m1; r += n, y += n * y_stride) {
+      n = m1 - r < tile ? m1 - r : tile;
+      Factors f = {c.xq + r * stride + first, stride, c.step + r * blocks + b,
+                   c.sum + r * blocks + b, blocks};
+      if (few) {
+        auto run = c.halves == 2 ? packed_multiplier<2>(c.bits)
+                                 : packed_multiplier<1>(c.bits);
+        run(strip.p, strip.stride, block.units, flip_of(c), f, s, z, y, y_stride);
+      } else {
+        codes_multiplier(c, n)(panel, block.dwords, f, s, z, y, y_stride);
+      }
+    }
+    return;
+  }
+  const ValueCode code = value_code(c);
+  const float *x = c.xf + m0 * c.k + block.first, *sum = c.sum + m0 * blocks + b;
+  if (m1 - m0 == 1) {
+    code.dot(strip.p, strip.stride, block.rows, c, x, sum, s, z, y);
+    return;
+  }
+  auto* floats = reinterpret_cast<float*>(panel);
+  code.decode(strip.p, strip.stride, block.units, c, floats);
+  for (int64_t r = m0, n; r < m1; r += n, y += n * y_stride) {
+    n = m1 - r < kRows ? m1 - r : kRows;
+    values_multiplier(n)(floats, block.rows, x, c.k, sum, blocks, s, z, y, y_stride);
+    x += n * c.k;
+    sum += n * blocks;
+  }
 }
 
 static void forward(const Call& c, int64_t m0, int64_t m1, int64_t c0, int64_t c1) {
   thread_local Buffer panels, results, edges;
-  int64_t width = (c1 - c0 + W - 1) / W * W, blocks = c.blocks.size();
+  // One line more than needed keeps rows out of one another's cache sets.
+  const int64_t width = (c1 - c0 + W - 1) / W * W + 16;
   float* y = results.get<float>((m1 - m0) * width);
   std::memset(y, 0, (m1 - m0) * width * sizeof(float));
-  uint8_t* panel = panels.get<uint8_t>(c.integer_engine ? (kBlock + 32) * W
-                                                        : (kFloatBlock + 8) * W * 4);
-  uint8_t* edge = edges.get<uint8_t>(kBlock * W);
   const bool whole = c.integer_engine;
-  const int tile = whole && c.halves == 2 ? (kRows + 1) / 2 : kRows;
-  const DecodeCodes codes = codes_decoder(c.bits);
-  const DecodeValues values = values_decoder(c);
+  uint8_t* panel = panels.get<uint8_t>(whole ? (kBlock + 32) * W
+                                             : (kFloatBlock + 8) * W * sizeof(float));
+  uint8_t* edge = edges.get<uint8_t>(kBlock * W);
   const float extra = c.offset + (whole ? shift_of(c) : 0.f);
-  for (int64_t b = 0; b < blocks; ++b) {
+  for (size_t b = 0; b < c.blocks.size(); ++b) {
     const Block& block = c.blocks[b];
     for (int64_t column = c0; column < c1; column += W) {
-      int64_t count = c1 - column < W ? c1 - column : W;
+      const int64_t count = c1 - column < W ? c1 - column : W;
       ask_ahead(c, b, column, c0, c1);
       Strip strip = strip_of(c, block, column, count, edge);
       F s[4], z[4];
       load_scales(c, block.group, column, count, extra, whole, s, z);
-      auto* floats = reinterpret_cast<float*>(panel);
-      if (whole) {
-        codes(strip.p, strip.stride, block.units, flip_of(c), panel);
-      } else {
-        values(strip.p, strip.stride, block.units, c, floats);
-      }
-      for (int64_t r = m0; r < m1;) {
-        int rows = m1 - r < tile ? int(m1 - r) : tile;
-        float* to = y + (r - m0) * width + column - c0;
-        const float *step = c.step + r * blocks + b, *sum = c.sum + r * blocks + b;
-        if (whole) {
-          const int32_t* x = c.xq + (r * c.dwords + block.dword) * c.halves;
-          auto run = c.halves == 2 ? codes_multiplier<2>(c.bits, rows)
-                                   : codes_multiplier<1>(c.bits, rows);
-          run(panel, block.dwords, x, c.dwords * c.halves, step, sum, blocks, s, z, to,
-              width);
-        } else {
-          values_multiplier(rows)(floats, block.rows, c.xf + r * c.k + block.first, c.k,
-                                  sum, blocks, s, z, to, width);
-        }
-        r += rows;
-      }
+      add_strip(c, strip, block, m0, m1, s, z, panel, y + column - c0, width);
     }
   }
   finish(c, y, width, m0, m1, c0, c1, whole);
@@ -415,7 +596,7 @@ static void transposed(const Call& c, int64_t m0, int64_t m1, const Block& block
   uint8_t* edge = edges.get<uint8_t>(kBlock * W);
   float* sum = sums.get<float>((m1 - m0) * block.rows * L);
   std::memset(sum, 0, (m1 - m0) * block.rows * L * sizeof(float));
-  const DecodeValues values = values_decoder(c);
+  const DecodeValues values = value_code(c).decode;
   for (int64_t column = 0; column < c.n; column += W) {
     int64_t count = c.n - column < W ? c.n - column : W;
     Strip strip = strip_of(c, block, column, count, edge);
@@ -525,7 +706,7 @@ static void prepare(const Call& c, float* xf, int64_t row) {
     return;
   }
   int32_t* q = integers.get<int32_t>(columns);
-  int32_t* xq = c.xq + row * c.dwords * c.halves;
+  int32_t* xq = c.xq + row * c.xq_stride;
   std::memset(xq, 0, c.dwords * c.halves * sizeof(int32_t));
   const bool coded = c.x.type == Type::s8;
   float whole = 0;  // step of a row of int8 activations

@@ -2,6 +2,9 @@
 // exactly one QJAX_LANES_* macro defined, inside that set's namespace.
 //
 // A strip is `W` columns: one byte vector `B`, or four float vectors `F` of `L` lanes.
+// `e4m3` gives values divided by `kE4m3`: the bits of E4M3 moved into a binary16, whose
+// exponent is biased by 8 more.
+//
 // `interleave` turns four byte rows into four vectors of dwords, one dword per column
 // with a byte of each row. Dword `i` of 128-bit lane `l` of vector `t` is then column
 // `16 l + 4 t + i`: the "woven" order that `woven` gives to scales.
@@ -42,9 +45,12 @@ INLINE void interleave(B a, B b, B c, B d, B* out) {
 INLINE I izero() { return _mm512_setzero_si512(); }
 INLINE I iset(int32_t v) { return _mm512_set1_epi32(v); }
 INLINE I iload(const uint8_t* p) { return _mm512_load_si512(p); }
+INLINE I as_dwords(B v) { return v; }
 template <int BITS>
 INLINE I dot(I acc, I w, I x) {
-  return _mm512_dpbusd_epi32(acc, w, x);
+  // GCC 12 copies and spills the accumulators of the intrinsic.
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+  return acc;
 }
 INLINE F halves(I hi, I lo) {
   return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo));
@@ -76,7 +82,6 @@ INLINE F fmul(F a, F b) { return _mm512_mul_ps(a, b); }
 INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
 INLINE float fsum(F v) { return _mm512_reduce_add_ps(v); }
-// E4M3 in the bits of binary16 is 2^-8 of its value, subnormals included.
 INLINE F e4m3(const uint8_t* p) {
   __m256i v =
       _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -85,7 +90,7 @@ INLINE F e4m3(const uint8_t* p) {
   const __m256i top = _mm256_set1_epi16(0x3F80);
   __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(h, top), top);
   h = _mm256_or_si256(h, _mm256_and_si256(nan, _mm256_set1_epi16(0x7E00)));
-  return _mm512_mul_ps(_mm512_cvtph_ps(h), _mm512_set1_ps(256.f));
+  return _mm512_cvtph_ps(h);
 }
 INLINE F e5m2(const uint8_t* p) {
   __m256i v =
@@ -139,10 +144,12 @@ INLINE I iset(int32_t v) { return _mm256_set1_epi32(v); }
 INLINE I iload(const uint8_t* p) {
   return _mm256_load_si256(reinterpret_cast<const I*>(p));
 }
+INLINE I as_dwords(B v) { return v; }
 #if defined(QJAX_LANES_AVXVNNI)
 template <int BITS>
 INLINE I dot(I acc, I w, I x) {
-  return _mm256_dpbusd_avx_epi32(acc, w, x);
+  __asm__("{vex} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(x));
+  return acc;
 }
 #else
 // Products of neighbours are added in 16 bits, which 8-bit codes could saturate: these
@@ -206,7 +213,7 @@ INLINE F e4m3(const uint8_t* p) {
   const __m128i top = _mm_set1_epi16(0x3F80);
   __m128i nan = _mm_cmpeq_epi16(_mm_and_si128(h, top), top);
   h = _mm_or_si128(h, _mm_and_si128(nan, _mm_set1_epi16(0x7E00)));
-  return _mm256_mul_ps(_mm256_cvtph_ps(h), _mm256_set1_ps(256.f));
+  return _mm256_cvtph_ps(h);
 }
 INLINE F e5m2(const uint8_t* p) {
   return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(eight(p)), 8));
@@ -256,6 +263,7 @@ INLINE void interleave(B a, B b, B c, B d, B* out) {
 INLINE I izero() { return vdupq_n_s32(0); }
 INLINE I iset(int32_t v) { return vdupq_n_s32(v); }
 INLINE I iload(const uint8_t* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
+INLINE I as_dwords(B v) { return vreinterpretq_s32_u8(v); }
 template <int BITS>
 INLINE I dot(I acc, I w, I x) {
   return vdotq_s32(acc, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(x));
@@ -305,7 +313,7 @@ INLINE F e4m3(const uint8_t* p) {
       vand_u16(vreinterpret_u16_s16(vshl_n_s16(v, 7)), vdup_n_u16(0xBFFF));
   const uint16x4_t top = vdup_n_u16(0x3F80);
   h = vorr_u16(h, vand_u16(vceq_u16(vand_u16(h, top), top), vdup_n_u16(0x7E00)));
-  return vmulq_n_f32(vcvt_f32_f16(vreinterpret_f16_u16(h)), 256.f);
+  return vcvt_f32_f16(vreinterpret_f16_u16(h));
 }
 INLINE F e5m2(const uint8_t* p) {
   uint16x4_t v = vget_low_u16(vmovl_u8(four(p)));
@@ -363,6 +371,11 @@ INLINE I iload(const uint8_t* p) {
   std::memcpy(r.v, p, 16);
   return r;
 }
+INLINE I as_dwords(B v) {
+  I r;
+  std::memcpy(r.v, v.v, 16);
+  return r;
+}
 template <int BITS>
 INLINE I dot(I acc, I w, I x) {
   uint8_t a[16];
@@ -400,7 +413,7 @@ INLINE F fmul(F a, F b) { QJAX_EACH(F, 4, a.v[i] * b.v[i]) }
 INLINE F fma(F a, F b, F c) { QJAX_EACH(F, 4, a.v[i] * b.v[i] + c.v[i]) }
 INLINE F fnma(F a, F b, F c) { QJAX_EACH(F, 4, c.v[i] - a.v[i] * b.v[i]) }
 INLINE float fsum(F a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
-INLINE F e4m3(const uint8_t* p) { QJAX_EACH(F, 4, from_e4m3(p[i])) }
+INLINE F e4m3(const uint8_t* p) { QJAX_EACH(F, 4, from_e4m3(p[i]) / kE4m3) }
 INLINE F e5m2(const uint8_t* p) {
   QJAX_EACH(F, 4, from_f16(static_cast<uint16_t>(p[i] << 8)))
 }

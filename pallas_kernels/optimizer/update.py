@@ -48,7 +48,8 @@ def hyper_vector(lr, b1, b2, eps, decay, count) -> Any:
     lr, b1, b2, eps, decay, count = (
         jnp.asarray(x).astype(jnp.float32) for x in (lr, b1, b2, eps, decay, count)
     )
-    c1, c2 = 1.0 / (1.0 - b1**count), 1.0 / (1.0 - b2**count)
+    # 1 - b**t without the cancellation.
+    c1, c2 = (-1.0 / jnp.expm1(count * jnp.log1p(b - 1.0)) for b in (b1, b2))
     return jnp.stack([lr, b1, b2, c1, c2, eps, decay])
 
 

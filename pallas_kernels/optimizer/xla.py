@@ -65,10 +65,12 @@ def _turn(step, hyper, grad, flat, start, count):
     """Updates `count` elements from `start` of the flat operands."""
     blocks = -(-count // BLOCK)
 
-    def read(x, whole):
+    def read(x, whole, zero=0):
         if whole:
             part = lax.dynamic_slice(x, (start,), (count,))
-            part = jnp.pad(part, (0, blocks * BLOCK - count)) if count % BLOCK else part
+            if count % BLOCK:  # what fills the last block must not be its maximum
+                pad = (0, blocks * BLOCK - count)
+                part = jnp.pad(part, pad, constant_values=zero)
             return part.reshape(blocks, BLOCK)
         return lax.dynamic_slice(x, (start // BLOCK,), (blocks,))
 
@@ -79,7 +81,8 @@ def _turn(step, hyper, grad, flat, start, count):
         return lax.dynamic_update_slice(x, part, (start // BLOCK,))
 
     whole = (True, *(i % 2 == 0 for i in range(len(flat) - 1)))
-    parts = [read(x, w) for x, w in zip(flat, whole, strict=True)]
+    zeros = (0, dynamic.ZERO[True], 0, dynamic.ZERO[False], 0)
+    parts = [read(x, w, z) for x, w, z in zip(flat, whole, zeros)]  # noqa: B905
     new = _scan(step, hyper, (parts[0], read(grad, True), *parts[1:]))
     return tuple(write(x, y, w) for x, y, w in zip(flat, new, whole, strict=True))
 

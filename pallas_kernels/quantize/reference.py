@@ -99,12 +99,13 @@ def pack(codes: Any, spec: WeightSpec) -> Any:
     *lead, k, n = codes.shape
     unit = unit_rows(spec.bits)
     pad = [(0, 0)] * len(lead) + [(0, -k % unit), (0, 0)]
-    blocks = jnp.pad(codes, pad).reshape(*lead, -(-k // unit), unit, n)
+    count = -(-k // unit)
+    blocks = jnp.pad(codes, pad).reshape(*lead, count, unit, n)
     rows, shift = [], 0
     for width in FIELDS[spec.bits]:
         field = (blocks >> jnp.int32(shift)) & jnp.int32(2**width - 1)
         places = jnp.arange(8 // width, dtype=jnp.int32)[:, None] * jnp.int32(width)
-        field = field.reshape(*lead, -1, unit * width // 8, 8 // width, n) << places
+        field = field.reshape(*lead, count, unit * width // 8, 8 // width, n) << places
         rows.append(jnp.sum(field, axis=-2, dtype=jnp.int32))
         shift += width
     packed = jnp.concatenate(rows, axis=-2).astype(jnp.uint8)

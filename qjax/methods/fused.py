@@ -6,8 +6,6 @@ same. They apply where a packing unit never crosses a group and nothing is padde
 all else they return None and the caller takes the general way.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
