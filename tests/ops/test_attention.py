@@ -1,4 +1,4 @@
-"""Attention over a quantized cache in qjax.ops: the XLA path, prefill, memory, choice."""
+"""Attention over a quantized cache: the XLA path, prefill, memory, choice."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ class TestXla(AttentionSuite):
     """The loop over blocks, in blocks of 16 slots."""
 
     lengths = (1, 7, 50)
-    examples = 8
+    examples = 6
 
     @pytest.fixture(autouse=True)
     def _small_blocks(self, monkeypatch):
@@ -158,7 +158,7 @@ def test_sharded_over_heads(rng):
         out_specs=spec(None, "heads"),
     )  # fmt: skip
     np.testing.assert_allclose(
-        jax.jit(mapped)(q, cache, queries, keys), expected, atol=1e-6
+        jax.jit(mapped)(*placed, queries, keys), expected, atol=1e-6
     )
 
 
