@@ -5,6 +5,8 @@ shares no code with `qjax.packing`, so that each checks the other. It expands th
 and is meant for tests and for explaining, not for speed.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -30,7 +32,8 @@ def codes(packed, spec: WeightSpec):
         return packed
     fields, rows = FIELDS[spec.bits], np.arange(spec.k)
     planar = len(fields) > 1
-    total, shift, first = None, 0, 0
+    total: Any = None
+    shift = first = 0
     for width in fields:
         per = 8 // width
         byte = rows // per

@@ -144,13 +144,12 @@ def _plan(spec, tiles, x, w, transpose, out_dtype):
     many = tiles.prefill and not transpose
     target = 1 if many else depth
     region = decode.region(spec, dec, target)
-    stages = tuple(
-        a is not None and a.dtype not in (jnp.float32, jnp.bfloat16)
-        for a in (w.scale, w.zero)
-    )
     ragged = transpose and spec.n % tiles.columns != 0
-    if ragged:
-        stages = (True, w.zero is not None)
+
+    def staged(a):
+        return ragged or a.dtype not in (jnp.float32, jnp.bfloat16)
+
+    stages = (staged(w.scale), w.zero is not None and staged(w.zero))
     half = jnp.dtype(out_dtype) == jnp.float16  # no such type in the kernels
     return _Plan(
         spec,
@@ -406,7 +405,8 @@ def _add(total, term):
 
 def _accumulate(plan, refs, operand):
     """Sum over regions of products of bare codes, scaled by group."""
-    total = partial = None
+    total: Any = None
+    partial: Any = None
     for r in range(plan.regions):
         lines = slice(r * plan.region, (r + 1) * plan.region)
         left = refs["x"][:, lines]
@@ -588,7 +588,7 @@ def _transposed_kernel(plan, names, *arrays):
         refs["sum"][...] = jnp.zeros_like(refs["sum"])
 
     _stage(plan, refs)
-    left = None
+    left: Any = None
     for r in range(plan.regions):
         lines = slice(r * plan.region, (r + 1) * plan.region)
         if not plan.after:
@@ -643,7 +643,7 @@ def _transposed_part(plan, refs, r, left, subtract):
     ]
     product = functools.reduce(jnp.add, products)
     copies = product.shape[0] // (plan.parts * plan.tiles.rows)
-    total = None
+    total: Any = None
     for a in range(copies):
         part = _sum_terms(plan, product, a)
         if plan.corrects:
