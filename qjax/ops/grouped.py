@@ -2,32 +2,29 @@
 
 Rows of `x` are sorted by expert and `group_sizes` says how many each expert has
 (`sort_by_expert` makes both); rows behind the last group give zeros. What runs is one
-of `BACKENDS`: a kernel over the stacked packed weight, or, anywhere, the loop of
-`qjax.ops.windows`.
+of `qjax.ops.grouped_product.BACKENDS`: a kernel over the stacked packed weight, or,
+anywhere, the loop of `qjax.ops.windows`.
 
 As in `qjax.ops.product`, a packed weight is never expanded and the residuals of the
 gradient are activations and packed weights alone. Float arrays go to `lax.ragged_dot`.
 Outliers (`WithOutliers`) have no grouped rule and are refused.
 """
 
-import dataclasses
 import functools
-import logging
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from qjax.errors import SpecError, UnsupportedError
-from qjax.ops import device, grouped_kernels, windows
+from qjax.ops import device, windows
 from qjax.ops.blocks import materialize_scale, same_variance
+from qjax.ops.grouped_product import ACTIVATIONS, BACKENDS, choose, fused, packed
 from qjax.ops.prepack import Prepacked, cut
-from qjax.ops.product import Packed, product
-from qjax.tensor import LayoutTensor, QuantizedTensor
+from qjax.ops.product import Packed
+from qjax.tensor import QuantizedTensor
 from qjax.wrappers import (
     InputScaled,
     LayerOf,
@@ -37,83 +34,6 @@ from qjax.wrappers import (
     Transposed,
     hadamard,
 )
-
-logger = logging.getLogger("qjax.ops")
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
-"""Functions of the gate, by name."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Backend:
-    """One way to multiply groups of rows by stacked packed matrices.
-
-    Attributes:
-      summary: what it does, for `explain_grouped`.
-      obstacle: `(rows of x, dtype of x, weight, transpose)` to the reason it cannot,
-        or None.
-      run: `(x [m, k], group_sizes, weight, transpose)` to the product in the dtype of
-        `x`.
-      gated: `(x, group_sizes, gate, up, activation)` to the gated form in one pass, or
-        None.
-    """
-
-    summary: str
-    obstacle: Callable[[int, Any, Packed, bool], str | None]
-    run: Callable[[Array, Array, Packed, bool], Array]
-    gated: Callable[[Array, Array, Packed, Packed, str], Array] | None = None
-
-
-def _run_windows(x, group_sizes, q, transpose):
-    columns = q.matrix[0 if transpose else 1]
-    stack, first, _ = grouped_kernels.flat(q)
-
-    def apply(rows, expert) -> Any:
-        expert = expert if first is None else expert + first
-        return product(rows, LayerOf(stack, expert), transpose, None)
-
-    return windows.walk(x, group_sizes, columns, x.dtype, apply, stack)
-
-
-def _kernel(name, summary):
-    def run(x, group_sizes, q, transpose):
-        def other(x, group_sizes, q):
-            return _run_windows(x, group_sizes, q, transpose)
-
-        return grouped_kernels.run(name, x, group_sizes, q, transpose, other)
-
-    def gated(x, group_sizes, gate, up, activation):
-        other = functools.partial(_two, activation, "windows")
-        return grouped_kernels.run_gated(
-            name, x, group_sizes, gate, up, activation, other
-        )
-
-    obstacle = functools.partial(grouped_kernels.obstacle, name)
-    return Backend(summary, obstacle, run, gated)
-
-
-BACKENDS: dict[str, Backend] = {
-    "tpu": _kernel("tpu", "Pallas kernel over the experts that have rows"),
-    "gpu": _kernel("gpu", "Pallas Mosaic GPU kernel over the experts that have rows"),
-    "windows": Backend(
-        "multiplies windows of rows by one expert at a time",
-        lambda m, dtype, q, transpose: None,
-        _run_windows,
-    ),
-}
-"""Backends by name."""
-
-PREFERENCE: dict[str, tuple[str, ...]] = {
-    "tpu": ("tpu", "windows"),
-    "cuda": ("gpu", "windows"),
-    "default": ("windows",),
-}
-"""Backends to try in order, by platform."""
 
 
 def sort_by_expert(
@@ -293,8 +213,8 @@ def explain_grouped(rows: int, w: Any, dtype: Any = jnp.float32) -> str:
     if not isinstance(w, QuantizedTensor):
         return f"dense: lax.ragged_dot with a {w.dtype} array"
     platform = device.platform()
-    packed: Any = w
-    name, refused = choose(platform, rows, dtype, packed, transpose)
+    base: Any = w
+    name, refused = choose(platform, rows, dtype, base, transpose)
     because = "".join(f"; not {other}: {why}" for other, why in refused)
     summary = BACKENDS[name].summary
     return f"{name}: {summary} ({rows} rows, {w.format.name}, {platform}{because})"
@@ -349,7 +269,7 @@ def _apply(x, group_sizes, w: Any, transpose, backend) -> Array:
         if x.shape[0] == 0 or not q.size:
             return jnp.zeros((x.shape[0], q.matrix[0 if transpose else 1]), x.dtype)
         x, group_sizes, q = same_variance((x, group_sizes, q))
-        return _packed(x, group_sizes, q, transpose, backend)
+        return packed(x, group_sizes, q, transpose, backend)
     if isinstance(w, Transposed):
         return _apply(x, group_sizes, w.base, not transpose, backend)
     if isinstance(w, LowRank):
@@ -410,81 +330,6 @@ def _dense(x, group_sizes, w, transpose):
     return windows.mask_rows(y, jnp.sum(sizes)).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _packed(x, group_sizes, q, transpose, backend) -> Any:
-    """The grouped product with a stacked packed matrix or its transpose."""
-    m = x.shape[0]
-    if backend is not None:
-        reason = BACKENDS[backend].obstacle(m, x.dtype, q, transpose)
-        if reason:
-            raise UnsupportedError(
-                f"grouped_matmul: backend {backend!r} cannot multiply {list(x.shape)} "
-                f"by {q!r}: {reason}; use backend=None"
-            )
-        return BACKENDS[backend].run(x, group_sizes, q, transpose)
-    names = _names(m, x.dtype, q, transpose)
-    logger.debug("grouped_matmul x=%s w=%r: %s", list(x.shape), q, names)
-
-    def run(name):
-        return lambda x, sizes, q: BACKENDS[name].run(x, sizes, q, transpose)
-
-    return _by_platform(names, run, x, group_sizes, q)
-
-
-def _names(m, dtype, q, transpose):
-    """What runs on each platform that the program may be compiled for.
-
-    Of accelerators, only the one that is traced for has its kernels chosen.
-    """
-    keys = {"default", device.platform()} & set(PREFERENCE)
-    return {key: choose(key, m, dtype, q, transpose)[0] for key in sorted(keys)}
-
-
-def _by_platform(names, run, *operands):
-    if len(set(names.values())) == 1:
-        return run(names["default"])(*operands)
-    branches = {key: run(name) for key, name in names.items()}
-    return lax.platform_dependent(*operands, **branches)
-
-
-def choose(
-    platform: str, m: int, dtype: Any, q: Packed, transpose: bool
-) -> tuple[str, list[tuple[str, str]]]:
-    """First backend without obstacle, and the reasons of those before it."""
-    refused = []
-    for name in PREFERENCE.get(platform, PREFERENCE["default"]):
-        reason = BACKENDS[name].obstacle(m, dtype, q, transpose)
-        if reason is None:
-            return name, refused
-        refused.append((name, reason))
-    raise UnsupportedError(f"grouped_matmul: no backend for {q!r}: {refused}")
-
-
-def _packed_forward(x, group_sizes, q, transpose, backend):
-    y = _packed(x, group_sizes, q, transpose, backend)
-    return y, (x, group_sizes, q)
-
-
-def _packed_backward(transpose, backend, residuals, dy):
-    del backend  # the transpose product chooses its own
-    x, group_sizes, q = residuals
-    dx = _packed(dy, group_sizes, q, not transpose, None)
-    a, b = (dy, x) if transpose else (x, dy)
-    if isinstance(q, LayoutTensor):
-        grads = windows.leaf_gradients(a, b, group_sizes, q)
-    else:
-        one, pull = jax.vjp(cut, q)  # zeros in a stack's other layers
-        grads = pull(windows.leaf_gradients(a, b, group_sizes, one))[0]
-    return dx, _no_gradient(group_sizes), grads
-
-
-_packed.defvjp(_packed_forward, _packed_backward)
-
-
-def _no_gradient(leaf):
-    return np.zeros(leaf.shape, jax.dtypes.float0)
-
-
 def _gated(activation, backend, x, group_sizes, gate, up):
     """The gated form: one pass where a kernel can, else two products."""
     plain = all(isinstance(w, Packed) for w in (gate, up))
@@ -492,53 +337,12 @@ def _gated(activation, backend, x, group_sizes, gate, up):
         return _two(activation, backend, x, group_sizes, gate, up)
     gate, up = _float_scale(gate), _float_scale(up)
     x, group_sizes, gate, up = same_variance((x, group_sizes, gate, up))
-    return _fused(x, group_sizes, gate, up, activation, backend)
+    return fused(x, group_sizes, gate, up, activation, backend)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(0, 1))
 def _two(activation, backend, x, group_sizes, gate, up):
-    """Both products; computed again in the gradient."""
+    """Both products of any weights; computed again in the gradient."""
     g = _product(x, group_sizes, gate, backend).astype(jnp.float32)
     u = _product(x, group_sizes, up, backend).astype(jnp.float32)
     return (ACTIVATIONS[activation](g) * u).astype(x.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _fused(x, group_sizes, gate, up, activation, backend):
-    m, dtype = x.shape[0], x.dtype
-    if backend is not None:
-        names = {"default": backend}
-    else:
-        found = [_names(m, dtype, w, False) for w in (gate, up)]
-        same = found[0] == found[1]
-        names = found[0] if same else dict.fromkeys(found[0], "windows")
-    apart = grouped_kernels.fused_obstacle(gate, up)
-    logger.debug(
-        "grouped_gate_up x=%s w=%r: %s (%s)", list(x.shape), gate, names, apart
-    )
-
-    def run(name):
-        gated = BACKENDS[name].gated
-        if gated is None or apart is not None:
-            return functools.partial(_two, activation, backend)
-        return lambda x, sizes, gate, up: gated(x, sizes, gate, up, activation)
-
-    return _by_platform(names, run, x, group_sizes, gate, up)
-
-
-def _fused_forward(x, group_sizes, gate, up, activation, backend):
-    y = _fused(x, group_sizes, gate, up, activation, backend)
-    return y, (x, group_sizes, gate, up)
-
-
-def _fused_backward(activation, backend, residuals, dy):
-    x, group_sizes, gate, up = residuals
-
-    def two(x, gate, up):
-        return _two(activation, backend, x, group_sizes, gate, up)
-
-    dx, dgate, dup = jax.vjp(two, x, gate, up)[1](dy)
-    return dx, _no_gradient(group_sizes), dgate, dup
-
-
-_fused.defvjp(_fused_forward, _fused_backward)
