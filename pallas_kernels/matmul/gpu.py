@@ -84,6 +84,8 @@ def matmul(
     if (rows and parts.shape[0] > 8) or inner:  # copies fill in all other zeros
         parts = jnp.pad(parts, ((0, rows), (0, inner)))
     biased = bias is not None
+    if transpose and spec.group >= 128:
+        w = _widened(w)
     plan = _plan(spec, parts, w, config, out_dtype, transpose, biased, single)
     columns = spec.k if transpose else spec.n
     operands = [parts, gpu_layout.words(w), _bits(w.scale)]
@@ -120,6 +122,16 @@ def _thirds(x):
         parts.append(x.astype(jnp.bfloat16))
         x = x - parts[-1].astype(jnp.float32)
     return jnp.concatenate(parts)
+
+
+def _widened(w):
+    """Bytes as floats: a step needs 64 scales, and no copy may have fewer than 128."""
+    scale, zero = w.scale, w.zero
+    if scale.dtype.itemsize == 1:
+        scale = _to_float(jnp.dtype(scale.dtype).name, _bits(scale))
+    if zero is not None and zero.dtype.itemsize == 1:
+        zero = _number(zero)
+    return w._replace(scale=scale, zero=zero)
 
 
 def _bits(scale):

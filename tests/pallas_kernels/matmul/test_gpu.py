@@ -182,6 +182,24 @@ def test_lowers_for_other_activations(name, dtype):
             assert "mosaic_gpu" in lowered(name, m, dtype)
 
 
+def test_lowers_transposed_with_few_bytes_of_zero_points():
+    """A copy of 64 bytes would be refused by the compiler."""
+    weight, spec = random_weight("int4-g128", 768, N)
+    weight = weight._replace(zero=jnp.zeros(weight.scale.shape, jnp.uint8))
+    packed, spec = gpu_layout.prepack(weight, spec) or pytest.fail("refused")
+    packed = packed._replace(scale=jnp.zeros(packed.scale.shape, jnp.uint8))
+
+    def product(x, w):
+        return gpu.matmul(x, w, spec, transpose=True)
+
+    x = jax.ShapeDtypeStruct((4, N), jnp.bfloat16)
+    safe = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
+    export = jax.export.export(
+        jax.jit(product), platforms=["cuda"], disabled_checks=[safe]
+    )
+    assert export(x, packed).out_avals[0].shape == (4, 768)
+
+
 @pytest.mark.parametrize("m", [5, 1000])
 def test_results_may_be_wider(m):
     assert "mosaic_gpu" in lowered("int4-g128", m, out_dtype="float32")
