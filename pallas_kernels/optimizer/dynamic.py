@@ -16,6 +16,7 @@ Reference: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv
 """
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -100,9 +101,12 @@ def encode(u: Any, *, signed: bool) -> Any:
         power = jnp.where(above, jnp.float32(10.0 ** (6 - i)), power)
         cells = jnp.where(above, jnp.float32(first * 2.0**i), cells)
     inside = (size * power - _TENTH) * _NINTH * cells
-    number = cells + jnp.minimum(jnp.ceil(inside), cells)
+    cell = inside.astype(jnp.int32)  # rounded up by hand: GPUs' kernels have no ceil
+    up = jnp.where(inside > cell.astype(jnp.float32), jnp.int32(1), jnp.int32(0))
+    cells = cells.astype(jnp.int32)
+    number = cells + jnp.minimum(cell + up, cells)
     # `number` is 1 above the rank of a signed magnitude, 2 above an unsigned code.
-    rank = number.astype(jnp.int32) - jnp.int32(1 if signed else 2)
+    rank = number - jnp.int32(1 if signed else 2)
     rank = jnp.where(size > greatest, jnp.int32(128 if signed else 255), rank)
     rank = jnp.where(size > least, rank, jnp.int32(0))
     if not signed:
@@ -122,7 +126,7 @@ def _bounds(signed: bool) -> tuple[float, ...]:
     for i in range(7):
         cells = first * 2**i
         edges = [float(np.float32(x)) for x in np.linspace(0.1, 1, cells + 1)]
-        centres = np.float32([(a + b) / 2 for a, b in zip(edges, edges[1:])])
+        centres = np.float32([(a + b) / 2 for a, b in itertools.pairwise(edges)])
         firsts.append(np.float32(_POWERS[i]) * centres[0])
         lasts.append(np.float32(_POWERS[i]) * centres[-1])
     firsts.append(np.float32(1.0))

@@ -53,11 +53,13 @@ def hyper_vector(lr, b1, b2, eps, decay, count) -> Any:
     return jnp.stack([lr, b1, b2, c1, c2, eps, decay])
 
 
-def adamw(p: Any, g: Any, m: Any, v: Any, h: Hyper) -> tuple[Any, Any, Any]:
-    """New `(p, m, v)` of float32 arrays."""
+def adamw(
+    p: Any, g: Any, m: Any, v: Any, h: Hyper, root: Any = jnp.sqrt
+) -> tuple[Any, Any, Any]:
+    """New `(p, m, v)` of float32 arrays; `root` is the backend's square root."""
     m = h.b1 * m + (1.0 - h.b1) * g
     v = h.b2 * v + (1.0 - h.b2) * (g * g)
-    step = (m * h.c1) / (jnp.sqrt(v * h.c2) + h.eps) + h.decay * p
+    step = (m * h.c1) / (root(v * h.c2) + h.eps) + h.decay * p
     kept = v <= _MAX
     return p - h.lr * step, jnp.where(kept, m, 0.0), jnp.where(kept, v, 0.0)
 

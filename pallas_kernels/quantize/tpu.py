@@ -1,10 +1,10 @@
 """Encoding on TPU: tiles of floats in, tiles of bytes and scales out.
 
 A grid step goes through its tile in slabs of whole groups and 128 columns. Per slab:
-the absolute maxima over sublanes, then one strided read per row of a packing unit, so that the rows
-whose codes share a byte are registers of the same shape; codes are shifted and merged
-in 32-bit lanes and narrowed once. Bytes of 3, 5, 6 and 7 bit codes pass through a
-scratch buffer that interleaves their runs.
+the absolute maxima over sublanes, then one strided read per row of a packing unit, so
+that the rows whose codes share a byte are registers of the same shape; codes are
+shifted and merged in 32-bit lanes and narrowed once. Bytes of 3, 5, 6 and 7 bit codes
+pass through a scratch buffer that interleaves their runs.
 
 Scales of a whole column are found by XLA beforehand (a read of the weight more).
 """

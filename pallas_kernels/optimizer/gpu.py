@@ -1,0 +1,96 @@
+"""The 8-bit updates on GPU (Mosaic GPU): one warpgroup, one block after the other.
+
+The flat arrays are cut into blocks of 256. A warpgroup holds a block as two elements
+per thread, read from memory with coalesced loads, decodes, updates, reduces the
+magnitude over its threads and writes everything back in place. Many warpgroups share a
+processor, so that one computes while others wait for memory; a block needs few
+registers. Arithmetic decoding and encoding (`dynamic`) keep tables out of it.
+
+Sizes that are no multiple of 256 are refused.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from . import dynamic, update
+from .update import BLOCK, Hyper
+
+RUN = 4
+"""Blocks per program."""
+
+
+def obstacle(p_shape: tuple[int, ...], p_dtype: Any, g_dtype: Any) -> str | None:
+    """Why the GPU kernel cannot update a parameter; None when it can."""
+    for dtype in (p_dtype, g_dtype):
+        if jnp.dtype(dtype).name not in ("float32", "bfloat16"):
+            return f"{jnp.dtype(dtype).name} operands are not written"
+    size = math.prod(p_shape)
+    if size % (BLOCK * RUN):
+        return f"{size} elements are no multiple of {BLOCK * RUN}"
+    return None
+
+
+def adamw8(p: Any, g: Any, state: Any, hyper: Any, **options: Any) -> tuple[Any, ...]:
+    """One AdamW step: `(p, m codes, m absmax, v codes, v absmax)`."""
+    return _run("adamw8", p, g, (*state[0], *state[1]), hyper, **options)
+
+
+def lion8(p: Any, g: Any, state: Any, hyper: Any, **options: Any) -> tuple[Any, ...]:
+    """One Lion step: `(p, m codes, m absmax)`."""
+    return _run("lion8", p, g, tuple(state[0]), hyper, **options)
+
+
+def _run(name, p, g, state, hyper, *, config=None, interpret=False):
+    del config
+    blocks = p.size // BLOCK
+    flat = [x.reshape(-1) for x in (p, *state)]
+    whole = pl.BlockSpec(memory_space=plgpu.GMEM)
+    new = pl.pallas_call(
+        functools.partial(_kernel, name),
+        name=name,
+        grid=(blocks // RUN,),
+        in_specs=[whole] * (2 + len(flat)),
+        out_specs=[whole] * len(flat),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat],
+        input_output_aliases={i + 2: i for i in range(len(flat))},
+        compiler_params=plgpu.CompilerParams(),
+        interpret=interpret,
+    )(hyper, g.reshape(-1), *flat)
+    return tuple(x.reshape(y.shape) for x, y in zip(new, (p, *state), strict=True))
+
+
+def _kernel(name, hyper_ref, g_ref, p_ref, *refs):
+    half = len(refs) // 2
+    olds, (p_out, *news) = refs[:half], refs[half:]
+    hyper = Hyper(*(hyper_ref[i] for i in range(len(Hyper._fields))))
+    first = pl.program_id(0) * RUN
+    for r in range(RUN):
+        block = first + r
+        at = pl.ds(block * BLOCK, BLOCK)
+        moments = []
+        for i in range(len(olds) // 2):
+            codes = olds[2 * i][at].astype(jnp.int32)
+            values = dynamic.decode(codes, signed=i == 0)
+            moments.append(values * olds[2 * i + 1][block])
+        step = functools.partial(update.adamw, root=_root)
+        step = step if name == "adamw8" else update.lion
+        p, g = (ref[at].astype(jnp.float32) for ref in (p_ref, g_ref))
+        p, *moments = step(p, g, *moments, hyper)
+        p_out[at] = p.astype(p_out.dtype)
+        for i, moment in enumerate(moments):
+            absmax, inverse = update.reciprocal(jnp.max(jnp.abs(moment)))
+            codes = update.encode(moment, inverse, signed=i == 0)
+            news[2 * i][at] = codes.astype(jnp.uint8)
+            news[2 * i + 1][block] = absmax
+
+
+def _root(x):
+    """Square root by the reciprocal one, which is what Mosaic GPU has."""
+    return jnp.where(x > 0, x * lax.rsqrt(x), 0.0)
