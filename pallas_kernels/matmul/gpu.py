@@ -188,6 +188,11 @@ class _Plan:
         return self.config.split
 
     @property
+    def whole(self) -> int:
+        """Tiles per block where shares are whole tiles, else 0."""
+        return 0 if self.tiles % self.blocks else self.tiles // self.blocks
+
+    @property
     def deep(self) -> int:
         """Rows of the weight (axis k) that a step touches."""
         return self.width if self.transpose else self.config.rows
@@ -275,6 +280,8 @@ class _Plan:
 
 def _owner(step, plan):
     """The block that does a step: the largest `b` with `b steps // blocks <= step`."""
+    if plan.whole:
+        return step // (plan.steps * plan.whole)
     total = plan.tiles * plan.steps
     return ((step + 1) * plan.blocks + total - 1) // total - 1
 
@@ -309,6 +316,8 @@ def _plan(spec, x, w, config, out_dtype, transpose, biased, single):
     need(config.tokens % 8 == 0 and 8 <= config.tokens <= 256, "tokens")
     need(config.split or config.tokens % 64 == 0, "whole tiles need 64 tokens")
     narrow = out_dtype.itemsize == 2 and x.dtype.itemsize == 2
+    products = 0 if plan.whole else plan.blocks * (plan.tiles * plan.steps + 1)
+    need(products < 2**31, "the numbers of steps do not fit 32 bits")
     need(config.split or narrow, "whole tiles are written in 16 bits")
     need(plan.mode != "pre" or not single, "float32 x needs `post`")
     return plan
@@ -444,6 +453,9 @@ def _body(plan: _Plan, interpret, x, codes, scale, *refs, **scratch):
 
 def _span(plan, block):
     """First step of a block and the one behind its last, among its own."""
+    if plan.split and plan.whole:
+        run = plan.steps * plan.whole
+        return block * run, (block + 1) * run
     if plan.split:
         total = plan.tiles * plan.steps
         # Each of `blocks` gets `total // blocks` or one more.
