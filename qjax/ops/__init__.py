@@ -1,6 +1,5 @@
 """Operations on dense or quantized weights, and what chooses how they run."""
 
-from qjax.ops.device import target as target
 from qjax.ops.embed import embed as embed
 from qjax.ops.grouped import explain_grouped as explain_grouped
 from qjax.ops.grouped import gated_experts as gated_experts
@@ -11,3 +10,4 @@ from qjax.ops.matmul import explain as explain
 from qjax.ops.matmul import matmul as matmul
 from qjax.ops.prepack import canonical as canonical
 from qjax.ops.prepack import prepack as prepack
+from qjax.pallas_kernels.device import target as target

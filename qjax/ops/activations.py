@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from qjax.errors import SpecError, UnsupportedError
-from qjax.ops import blocked, device, kernels, product
+from qjax.ops import blocked, kernels, product
+from qjax.pallas_kernels import device
 from qjax.pallas_kernels.matmul_a8 import reference
 
 DTYPES = ("int8", "float8_e4m3fn")

@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from qjax.errors import SpecError, UnsupportedError
-from qjax.ops import activations, device
+from qjax.ops import activations
 from qjax.ops.blocks import materialize_scale, same_variance
 from qjax.ops.prepack import Prepacked, cut
 from qjax.ops.product import (
@@ -33,6 +33,7 @@ from qjax.ops.product import (
     dense_product,
     product,
 )
+from qjax.pallas_kernels import device
 from qjax.tensor import QuantizedTensor
 from qjax.wrappers import (
     InputScaled,

@@ -17,8 +17,9 @@ from jaxtyping import Array, Float
 
 from qjax.formats import Format, Int
 from qjax.formats.codebook import TableFormat
-from qjax.ops import device, kernels
+from qjax.ops import kernels
 from qjax.ops.blocks import materialize_scale, replaced
+from qjax.pallas_kernels import device
 from qjax.pallas_kernels.weights import Weight, WeightSpec
 from qjax.tensor import (
     AffineTensor,
