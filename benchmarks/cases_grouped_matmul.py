@@ -262,3 +262,43 @@ def _tpu_case(model, name, spec, weight, experts, m, kind):
         "temporaries": 4 * m * (inner + columns) * 2 + (1 << 20),
         "fast": model == "many" and name == "int4-g128" and not transpose,
     }
+
+
+def gpu_cases():
+    """Decode and prefill of every format on Hopper; see `gpu_aot.py`."""
+    for model, (experts, k, n, top) in MODELS.items():
+        for name in FORMATS:
+            spec = spec_of(name, k, n)
+            for kind, tokens in (
+                ("product", 8),
+                ("gate-up", 8),
+                ("product", 2048),
+                ("gate-up", 2048),
+                ("transposed", 2048),
+            ):
+                yield _gpu_case(model, name, spec, experts, tokens * top, kind)
+
+
+def _gpu_case(model, name, spec, experts, m, kind):
+    """One case with prepacked weights."""
+    from qjax.pallas_kernels.matmul import gpu_layout
+
+    def pack(weight):
+        return gpu_layout.prepack(weight, spec)[0]
+
+    weight = jax.eval_shape(pack, shapes(spec, experts, name))
+    transpose, count = kind == "transposed", 2 if kind == "gate-up" else 1
+    columns, inner = (spec.k, spec.n) if transpose else (spec.n, spec.k)
+    options = {"activation": "silu"} if count > 1 else {"transpose": transpose}
+    return {
+        "name": f"grouped-{model}-{name}-m{m}-{kind}",
+        "fn": product("gpu", _tag(spec), **options),
+        "args": (
+            jax.ShapeDtypeStruct((m, inner), jnp.bfloat16),
+            jax.ShapeDtypeStruct((experts,), jnp.int32),
+            *(weight,) * count,
+        ),
+        # x and the result in places of their experts, the result also in float32.
+        "temporaries": (64 << 20) + 8 * (m + 128 * experts) * (inner + columns),
+        "fast": model == "many" and name == "int4-g128" and kind != "transposed",
+    }
