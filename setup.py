@@ -35,6 +35,7 @@ class Build(build_ext):
                 extension.extra_compile_args = [
                     "-std=c++17",
                     "-O3",
+                    "-g0",  # Python's own flags ask for debug information
                     "-DNDEBUG",
                     "-fvisibility=hidden",
                     "-fno-math-errno",

@@ -85,7 +85,11 @@ def contestants(args):
         spec, copies = weights(name, k, n, rng)
         for m in ms:
             run = product(cpu.matmul, spec)
-            table[f"{name} m{m}"] = (run, [(xs[m], w) for w in copies], copies[0].nbytes)
+            table[f"{name} m{m}"] = (
+                run,
+                [(xs[m], w) for w in copies],
+                copies[0].nbytes,
+            )
             if spec.kind == "int":
                 run = product(cpu_a8.matmul, spec)
                 calls = [(xs[m], w) for w in copies]

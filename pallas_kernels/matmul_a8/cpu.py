@@ -63,7 +63,7 @@ def matmul(
       w: canonical weight, possibly a stack of layers.
       spec: its static half, of kind "int".
       activation: "int8".
-      x_scale: static scale of x, a scalar, `[m]` or `[m, 1]`; None computes one per row.
+      x_scale: static scale of x, a scalar, `[m]` or `[m, 1]`; None: one per row.
       layer: int32 scalar, which layer of a stack.
       bias: float, one per column of the result.
       out_dtype: float dtype of the result; that of `x`, float32 for codes.
@@ -87,8 +87,8 @@ def matmul(
         x_scale = jnp.asarray(x_scale, jnp.float32)
         if x_scale.size not in (1, x.shape[0]):
             raise KernelError(
-                f"matmul_a8: x_scale has shape {list(x_scale.shape)}, expected a scalar "
-                f"or [{x.shape[0]}]; activations have one scale, or one per row"
+                f"matmul_a8: x_scale has shape {list(x_scale.shape)}, expected a "
+                f"scalar or [{x.shape[0]}]; activations have one scale, or one per row"
             )
         x_scale = jnp.broadcast_to(x_scale.reshape(-1), (x.shape[0],))
     return call.run(

@@ -71,29 +71,31 @@ def random_weight(rng, spec, *, scale="float32", zero=None, signed=False):
     return Weight(*(None if a is None else jnp.asarray(a) for a in arrays)), dense
 
 
-def error_bound(x, dense, spec, out="float32", transpose=False):
-    """Fixed-point activations, float32 sums, one rounding of the result."""
-    w = np.abs(dense.T if transpose else dense)
+def error_bound(x, dense, spec, values_top, out="float32", transpose=False):
+    """Fixed-point activations, float32 sums, one rounding of the result.
+
+    `values_top [n]` is the largest `|value - zero| scale` plus what unsigned codes add.
+    """
     x = np.abs(np.asarray(x, np.float64))
-    size = x @ w
+    size = x @ np.abs(dense.T if transpose else dense)
+    terms = x.sum(1)[:, None] * values_top
+    total = terms * 2.0**-21 + size * UNIT[out]
     if spec.kind == "int" and not transpose:
-        starts = [
-            i
-            for g in range(0, spec.k, spec.group)
-            for i in range(g, min(g + spec.group, spec.k), 256)
-        ]
-        ends = [*starts[1:], spec.k]
-        for a, b in zip(starts, ends, strict=True):
-            top = x[:, a:b].max(1, initial=0)
-            size_b = top[:, None] * w[a:b].sum(0)
-            size = size + size_b * 2.0**24 / 65024
-    return (
-        (size + 1e-30) * 2.0**-22 * 16 / 16
-        + size * 0
-        + _rounding(x @ w, out)
-        + (2.0**-21 * 2**spec.bits * (x.sum(1)[:, None] * np.abs(dense).max()))
-    )
+        for start in range(0, spec.k, spec.group):
+            for a in range(start, min(start + spec.group, spec.k), 256):
+                b = min(a + 256, start + spec.group, spec.k)
+                step = x[:, a:b].max(1, initial=0)[:, None] / 65024
+                total = total + step * np.abs(dense[a:b]).sum(0)
+    return total + 1e-30
 
 
-def _rounding(size, out):
-    return size * {"float32": 2.0**-22, "bfloat16": 2.0**-8, "float16": 2.0**-10}[out]
+UNIT = {"float32": 2.0**-22, "bfloat16": 2.0**-8, "float16": 2.0**-10}
+
+
+def top_of(w, spec, dense):
+    """Largest magnitude that enters a sum, over the whole weight."""
+    scale = np.abs(np.asarray(w.scale).astype(np.float64)).max()
+    if w.scale.dtype == jnp.uint8:
+        scale = 2.0 ** (float(np.asarray(w.scale).max()) - 127)
+    extra = 2.0**spec.bits if spec.kind == "int" else 0.0
+    return np.abs(dense).max() + 2 * scale * extra
