@@ -149,6 +149,23 @@ def decode_codes(codes, kind: str, dtype: Any = jnp.float32):
     return low, (codes >> jnp.uint8(4)).astype(dtype) - eight
 
 
+def as_bytes(codes):
+    """Returns float8 codes as uint8, others as they are.
+
+    XLA:CPU moves float8 arrays by widening all of them first.
+    """
+    if codes.dtype == jnp.float8_e4m3fn:
+        return lax.bitcast_convert_type(codes, jnp.uint8)
+    return codes
+
+
+def from_bytes(codes, kind: str):
+    """Inverse of `as_bytes`."""
+    if codes.dtype != jnp.dtype(STORED[kind]):
+        return lax.bitcast_convert_type(codes, STORED[kind])
+    return codes
+
+
 def write(cache: KV, new: KV, index, layer=None) -> KV:
     """Puts encoded tokens into the slots from `index` on.
 
@@ -165,8 +182,10 @@ def write(cache: KV, new: KV, index, layer=None) -> KV:
     if layer is not None:
         codes, scale = codes[None], scale[None]
     place = lax.dynamic_update_slice
+    at = (*lead, zero, zero, index, zero)
+    placed = place(as_bytes(cache.codes), as_bytes(codes), at)
     return KV(
-        place(cache.codes, codes, (*lead, zero, zero, index, zero)),
+        from_bytes(placed, cache.kind),
         place(
             cache.scale,
             scale.astype(cache.scale.dtype),

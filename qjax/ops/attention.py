@@ -283,18 +283,16 @@ def _absorb_fresh(absorb, q, state, fresh, queries, block):
 def _cut(cache, layer, start, block):
     """Codes `[batch, kv_heads, block, row]` and scales of one block of one layer."""
     zero = jnp.zeros((), jnp.int32)
-    old = start
-    at = (zero, zero, start, zero), (zero, zero, zero, start)
-    sizes = [list(cache.codes.shape), list(cache.scale.shape)]
-    sizes[0][-2] = sizes[1][-1] = block
-    if layer is not None:
-        at = tuple((layer, *a) for a in at)
-        sizes = [[1, *s[1:]] for s in sizes]
     codes, scale = cache
     if cache.kind == "float8_e4m3fn":
         # Tied to the loop: hoisted, the view as bytes becomes a copy of the cache.
         codes, start = lax.optimization_barrier((codes, start))
-        at = tuple(tuple(start if i is old else i for i in a) for a in at)
+    at = (zero, zero, start, zero), (zero, zero, zero, start)
+    sizes = [list(codes.shape), list(scale.shape)]
+    sizes[0][-2] = sizes[1][-1] = block
+    if layer is not None:
+        at = tuple((layer, *a) for a in at)
+        sizes = [[1, *s[1:]] for s in sizes]
     arrays = (reference.as_bytes(codes), scale)
     parts = [
         lax.dynamic_slice(x, a, s) for x, a, s in zip(arrays, at, sizes, strict=True)

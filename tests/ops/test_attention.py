@@ -106,8 +106,9 @@ def test_the_cache_is_never_expanded(kind):
     assert compiled.memory_analysis().temp_size_in_bytes > 0.4 * dense
 
 
-def test_writing_in_a_loop_is_in_place():
-    cache = reference.empty(1, 2, 4096, 64, "int8", layers=(4,))
+@pytest.mark.parametrize("kind", reference.KINDS)
+def test_writing_in_a_loop_is_in_place(kind):
+    cache = reference.empty(1, 2, 4096, 64, kind, layers=(4,))
 
     def fill(cache):
         def step(i, cache):
@@ -118,7 +119,9 @@ def test_writing_in_a_loop_is_in_place():
 
     compiled = jax.jit(fill, donate_argnums=0).lower(cache).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * cache.codes.nbytes
-    assert float(compiled(cache).scale[3, 0, 0, 0, 99]) == np.float32(99 / 127)
+    assert float(compiled(cache).scale[3, 0, 0, 0, 99]) == np.float32(
+        99 / reference.TOP[kind]
+    )
 
 
 def test_choice_follows_the_platform():
