@@ -111,3 +111,11 @@ def tpu_cases():
                     "temporaries": 16 << 20,
                     "fast": dtype == jnp.float32 and label == "4096x14336",
                 }
+
+
+def gpu_cases():
+    """Both updates, in float32 and with bfloat16 parameters; see `gpu_aot.py`."""
+    for case in tpu_cases():
+        yield {key: case[key] for key in ("name", "args", "fast")} | {
+            "fn": functools.partial(step, case["kernel"], "gpu")
+        }

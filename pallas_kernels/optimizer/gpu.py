@@ -2,7 +2,8 @@
 
 The flat arrays are cut into blocks of 256. A warpgroup holds a block as two elements
 per thread, read from memory with coalesced loads, decodes, updates, reduces the
-magnitude over its threads and writes everything back in place. Many warpgroups share a
+magnitude over its threads and writes everything back, in place with jax 0.10 and 0.11
+(the kernels of 0.12 take no aliases: there results are new arrays). Many warpgroups share a
 processor, so that one computes while others wait for memory; a block needs few
 registers. Arithmetic decoding and encoding (`dynamic`) keep tables out of it.
 
@@ -19,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .. import versions
 from . import dynamic, update
 from .update import BLOCK, Hyper
 
@@ -51,26 +53,39 @@ def _run(name, p, g, state, hyper, *, config=None, interpret=False):
     del config
     blocks = p.size // BLOCK
     flat = [x.reshape(-1) for x in (p, *state)]
-    whole = pl.BlockSpec(memory_space=plgpu.GMEM)
-    new = pl.pallas_call(
-        functools.partial(_kernel, name),
-        name=name,
-        grid=(blocks // RUN,),
-        in_specs=[whole] * (2 + len(flat)),
-        out_specs=[whole] * len(flat),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat],
-        input_output_aliases={i + 2: i for i in range(len(flat))},
-        compiler_params=plgpu.CompilerParams(),
-        interpret=interpret,
-    )(hyper, g.reshape(-1), *flat)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat]
+    operands = (hyper, g.reshape(-1), *flat)
+    body = functools.partial(_kernel, name)
+    if versions.JAX >= (0, 12):  # whose pallas_call lowers no Mosaic GPU kernels
+        call = plgpu.kernel(
+            lambda *refs: body(lax.axis_index("run"), *refs),
+            out_type=shapes,
+            grid=(blocks // RUN,),
+            grid_names=("run",),
+            **({"interpret": interpret} if interpret else {}),
+        )
+        new = call(*operands)
+    else:
+        whole = pl.BlockSpec(memory_space=plgpu.GMEM)
+        new = pl.pallas_call(
+            lambda *refs: body(pl.program_id(0), *refs),
+            name=name,
+            grid=(blocks // RUN,),
+            in_specs=[whole] * len(operands),
+            out_specs=[whole] * len(flat),
+            out_shape=shapes,
+            input_output_aliases={i + 2: i for i in range(len(flat))},
+            compiler_params=plgpu.CompilerParams(),
+            interpret=interpret,
+        )(*operands)
     return tuple(x.reshape(y.shape) for x, y in zip(new, (p, *state), strict=True))
 
 
-def _kernel(name, hyper_ref, g_ref, p_ref, *refs):
+def _kernel(name, run, hyper_ref, g_ref, p_ref, *refs):
     half = len(refs) // 2
     olds, (p_out, *news) = refs[:half], refs[half:]
     hyper = Hyper(*(hyper_ref[i] for i in range(len(Hyper._fields))))
-    first = pl.program_id(0) * RUN
+    first = run * RUN
     for r in range(RUN):
         block = first + r
         at = pl.ds(block * BLOCK, BLOCK)
