@@ -279,12 +279,13 @@ def bound(
 ):
     """Returns how far a backend may be from `attend` in exact arithmetic.
 
-    A backend rounds q and the softmax weights to `compute` (unit roundoff u), sums in
-    float32 (roundoff f) and rounds its result to the dtype of q (roundoff r). A score
+    A backend rounds q, the softmax weights and its partial results to `compute` (unit
+    roundoff u), sums in float32 (roundoff f) and rounds its result to the dtype of q
+    (roundoff r). A score
     then errs by `e = (u + (head_dim + 8) f) scale s_k sum_d |q_d key_d|`, weights by
     the factor `exp(2 e)`, and the result by
 
-        (exp(2 e) - 1 + u + (length + 16) f) sum_j w_j |V_j| + r |y|
+        (exp(2 e) - 1 + 2 u + (length + 16) f) sum_j w_j |V_j| + r |y|
 
     with `e` the largest over seen keys. `softcap` does not raise it: its slope is at
     most 1. A rotated result mixes the numbers of a block, so their bounds add up, times
@@ -328,7 +329,7 @@ def bound(
     weight = _softmax(score, mask)
     sizes = jnp.abs(value) * cache.scale.astype(jnp.float32)[:, :, 1, :, None]
     mean = jnp.einsum("bhgts,bhsd->bhgtd", weight, sizes)
-    total = (jnp.expm1(2 * error) + u + (length + 16) * f + out) * mean
+    total = (jnp.expm1(2 * error) + 2 * u + (length + 16) * f + out) * mean
     total = total.reshape(q.shape)
     if rotate == "both":
         block = width & -width
