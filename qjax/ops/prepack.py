@@ -8,6 +8,7 @@ layout at rest is left as it is, and one that no kernel of the device takes, too
 """
 
 import dataclasses
+import functools
 import importlib
 from typing import Any, TypeVar
 
@@ -32,8 +33,12 @@ from qjax.tensor import (
 from qjax.wrappers import LayerOf, Wrapper
 
 _T = TypeVar("_T")
-_LAYOUTS = {"cuda": "qjax.pallas_kernels.matmul.gpu_layout"}
-"""Platforms whose kernels want a layout of their own, and the module that makes it."""
+_LAYOUTS = {
+    ("tpu", False): "qjax.pallas_kernels.matmul.layout",
+    ("cuda", False): "qjax.pallas_kernels.matmul.gpu_layout",
+    ("cuda", True): "qjax.pallas_kernels.matmul_a8.layout",
+}
+"""The module that makes the layout, by platform and whether activations are rounded."""
 
 
 @pytree_node
@@ -103,12 +108,15 @@ class Prepacked(QuantizedTensor):
         return self.canonical().dequantize(dtype)
 
 
-def prepack(model: _T, *, kind: str | None = None) -> _T:
+def prepack(
+    model: _T, *, kind: str | None = None, activation: str | None = None
+) -> _T:
     """Rewrites packed weights into the layout that a device's kernels read.
 
     Args:
       model: an NNX module, a quantized tensor, or any pytree of parameters.
       kind: the device, as in `qjax.ops.target`; by default the one in use.
+      activation: what `matmul` will round activations to, if it will.
 
     Returns:
       The same model with `Prepacked` weights where that makes products faster. It
@@ -119,7 +127,8 @@ def prepack(model: _T, *, kind: str | None = None) -> _T:
       >>> model = qjax.prepack(model)
     """
     with device.target(kind or device.device_kind()):
-        return _map(_prepacked, model)
+        rounds = activation is not None
+        return _map(functools.partial(_prepacked, rounds), model)
 
 
 def canonical(tree: _T) -> _T:
@@ -152,7 +161,7 @@ def _map(function: Any, tree: Any) -> Any:
     return jax.tree.map(apply, tree, is_leaf=lambda x: isinstance(x, QuantizedTensor))
 
 
-def _prepacked(q):
+def _prepacked(rounds, q):
     """One weight prepacked, or as it is."""
     if not isinstance(q, LayoutTensor):
         return q
@@ -162,7 +171,7 @@ def _prepacked(q):
     if isinstance(spec, str):
         return q
     weight = kernels.kernel_weight(plain, spec)
-    layout = _LAYOUTS.get(device.platform())
+    layout = _LAYOUTS.get((device.platform(), rounds))
     if layout is not None:
         made = importlib.import_module(layout).prepack(weight, spec)
         weight, spec = made if made is not None else (weight, spec)

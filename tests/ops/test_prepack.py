@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.export import DisabledSafetyCheck
 
 import qjax
-from qjax.ops import canonical, explain, matmul, prepack
+from qjax.ops import canonical, explain, matmul, prepack, target
 from qjax.ops.prepack import Prepacked
 from qjax.wrappers import Transposed, layer_of
 
@@ -23,12 +24,23 @@ def same(a, b):
         np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
 
 
-@pytest.mark.parametrize("kind", ["cpu", "TPU v5 lite"])
+PLANES = ("int3", "int5", "int6", "int7")
+LAYOUTS = {
+    "cpu": lambda name: False,
+    "TPU v5 lite": lambda name: name.startswith(PLANES),
+    "NVIDIA H200": lambda name: not name.startswith(("int4-g2", "int4-out", "nf4-f")),
+}
+
+
+@pytest.mark.parametrize("activation", [None, "int8"])
+@pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_way_back_is_exact(name, kind):
+def test_the_way_back_is_exact(name, kind, activation):
     q = weight(name)
-    packed = prepack(q, kind=kind)
-    assert isinstance(packed, Prepacked) == (name in NESTED)
+    packed = prepack(q, kind=kind, activation=activation)
+    if activation is None and name not in ("dynamic8", "bfloat16"):
+        changed = name in NESTED or LAYOUTS[kind](name)
+        assert isinstance(packed, Prepacked) == changed
     same(canonical(packed), q)
     assert packed.shape == q.shape and packed.format == q.format
     np.testing.assert_array_equal(packed.dequantize(), q.dequantize())
@@ -83,3 +95,24 @@ def test_a_model_is_prepacked_and_saved_as_it_was(model_path, tmp_path):
 
 def is_prepacked(leaf):
     return isinstance(leaf, Prepacked)
+
+
+def test_hopper_programs_hold_the_kernel():
+    """Lowered without a GPU: product and gradient of a layer of a prepacked stack."""
+    stack = jax.tree.map(lambda *v: jnp.stack(v), *[weight("int4-g32", (256, 64))] * 2)
+
+    def step(x, q, i):
+        y, pull = jax.vjp(lambda x: matmul(x, layer_of(q, i)), x)
+        return pull(y)
+
+    with target("NVIDIA H200"):
+        q = prepack(stack)
+        first = jnp.int32(0)
+        assert explain((4, 256), layer_of(q, first), jnp.bfloat16).startswith("gpu: ")
+        assert "prepack" in explain((4, 256), stack[0], jnp.bfloat16)
+        lowered = jax.export.export(
+            jax.jit(step),
+            platforms=["cuda"],
+            disabled_checks=[DisabledSafetyCheck.custom_call("mosaic_gpu_v2")],
+        )(jax.ShapeDtypeStruct((4, 256), jnp.bfloat16), q, first)
+    assert "mosaic_gpu" in lowered.mlir_module()
