@@ -158,7 +158,7 @@ class GroupedSuite:
         assert np.all(error <= tolerance(want, bound, dtype))
 
     @settings(
-        max_examples=8,
+        max_examples=5,
         deadline=None,
         suppress_health_check=[HealthCheck.differing_executors],
     )
