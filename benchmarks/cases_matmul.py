@@ -4,6 +4,7 @@ Shapes are those of an 8B Llama's feed-forward layers and a square one. Every ca
 through `api.quantized_matmul` with the weight in the backend's own layout.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -188,9 +189,43 @@ def tpu_cases():
         yield _tpu_case(name, 2048, *SHAPES[1])
         yield _tpu_case(name, 16, k, n, layers=4)
 
+    yield from _tuning(k, n)
+
+
+def _tuning(k, n):
+    """Tiles around the tuned ones, for `pallas_kernels/matmul/specs.py`."""
+    for m, prefill, rows, columns in (
+        (16, False, 16, 512),
+        (16, False, 16, 1024),
+        (16, False, 16, 2048),
+        (64, False, 64, 1024),
+        (64, True, 64, 1024),
+        (128, False, 128, 1024),
+        (128, True, 128, 1024),
+        (256, True, 256, 512),
+        (256, True, 256, 1024),
+        (512, True, 512, 1024),
+    ):
+        case = _tpu_case("int4-g128", m, k, n, tiles=(prefill, rows, columns))
+        regime = "panel" if prefill else "pass"
+        yield case | {
+            "name": f"tune-matmul-{regime}-m{m}-columns{columns}",
+            "bar": None,
+        }
+
 
 def _tpu_case(
-    name, m, k, n, *, transpose=False, dtype="bfloat16", layers=None, fast=False, **more
+    name,
+    m,
+    k,
+    n,
+    *,
+    transpose=False,
+    dtype="bfloat16",
+    layers=None,
+    tiles=None,
+    fast=False,
+    **more,
 ):
     from qjax.pallas_kernels.matmul import specs, tpu
 
@@ -199,6 +234,12 @@ def _tpu_case(
         chip: specs.config(spec, m, dtype, transpose=transpose, chip=chip)
         for chip in specs.TUNED
     }
+    if tiles is not None:
+        prefill, rows, columns = tiles
+        configs = {
+            chip: dataclasses.replace(t, prefill=prefill, rows=rows, columns=columns)
+            for chip, t in configs.items()
+        }
 
     def call(x, weight, layer, *, config):
         layer = None if layers is None else layer
@@ -224,7 +265,6 @@ def _tpu_case(
         "bar": bars if main else None,
         # Rows of x in another order, split or with a copy per group.
         "temporaries": 4 << 20 if m <= 64 else 16 * m * (k + n),
-        "fast": fast,
         **more,
     }
 

@@ -20,7 +20,8 @@ An operation joins with a file `benchmarks/cases_<operation>.py` that defines
 
 where each dict has
 
-    name         unique, for example "w4a16-g128-m16-4096x14336"
+    name         unique, for example "w4a16-g128-m16-4096x14336"; names that start
+                 with "tune-" run only when `--match` asks for them
     fn           a function of arrays, jitted and compiled here
     args         its arguments as a tuple of pytrees of jax.ShapeDtypeStruct
     bytes        bytes that the whole call moves from and to HBM at least
@@ -72,7 +73,8 @@ def cases(match=""):
         for case in getattr(module, "tpu_cases", tuple)():
             if case["name"] in found:
                 raise ValueError(f"{file.name}: the name {case['name']!r} is taken")
-            if re.search(match, case["name"]):
+            asked = match or not case["name"].startswith("tune-")
+            if asked and re.search(match, case["name"]):
                 found[case["name"]] = case
     return found
 
@@ -184,7 +186,7 @@ def examine(case, chip, folder):
 
 def work(chip, names, out):
     """One process: compiles cases for a chip. Flags must be set before libtpu loads."""
-    found = cases()
+    found = cases() | cases("^tune-")
     with tempfile.TemporaryDirectory() as scratch, open(out, "a") as sink:
         folder = Path(scratch) / "dump"
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
