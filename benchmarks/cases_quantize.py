@@ -50,7 +50,7 @@ def correctness(backend):
     """Share of codes that differ from the reference's, and of scales."""
     rng = np.random.default_rng()
     interpret = backend == "interpret"
-    backend = {"cpu": "xla", "interpret": "tpu"}.get(backend, backend)
+    backend = {"cpu": "xla", "gpu": "xla", "interpret": "tpu"}.get(backend, backend)
     for name in FORMATS:
         for k, n in ((256, 128), (1024, 200), (4096, 1024))[: 2 if interpret else 3]:
             for dtype in (jnp.float32, jnp.bfloat16):
@@ -67,7 +67,7 @@ def correctness(backend):
 
 def timing(backend):
     """Encoders on rotating weights."""
-    backend = {"cpu": "xla"}.get(backend, backend)
+    backend = {"cpu": "xla", "gpu": "xla"}.get(backend, backend)
     for label, (k, n) in SHAPES.items():
         for name in FORMATS:
             for dtype in (jnp.float32, jnp.bfloat16):

@@ -3,8 +3,8 @@
 The flat arrays are cut into blocks of 256. A warpgroup holds a block as two elements
 per thread, read from memory with coalesced loads, decodes, updates, reduces the
 magnitude over its threads and writes everything back, in place with jax 0.10 and 0.11
-(the kernels of 0.12 take no aliases: there results are new arrays). Many warpgroups share a
-processor, so that one computes while others wait for memory; a block needs few
+(the kernels of 0.12 take no aliases: there results are new arrays). Many warpgroups
+share a processor, so that one computes while others wait for memory; a block needs few
 registers. Arithmetic decoding and encoding (`dynamic`) keep tables out of it.
 
 Sizes that are no multiple of 256 are refused.

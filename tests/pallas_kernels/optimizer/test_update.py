@@ -7,6 +7,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import export
 from jax.experimental.pallas import tpu as pltpu
 
 from qjax.formats.codebook import dynamic_map
@@ -83,6 +84,25 @@ class TestTpu(UpdateSuite):
         p = jnp.zeros(shape, dtype)
         with pytest.raises(KernelError, match=words):
             update("adamw", p, p, api.init8(p), backend="tpu")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_gpu_kernel_lowers(rule):
+    """Layouts and operations of the kernel; no GPU is needed to lower it."""
+    p = jax.ShapeDtypeStruct((8, 512), jnp.float32)
+    state = jax.eval_shape(lambda p: api.init8(p, rule), p)
+
+    def step(p, g, state):
+        return update(rule, p, g, state, backend="gpu")
+
+    unchecked = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    exported = export.export(
+        jax.jit(step), platforms=["cuda"], disabled_checks=unchecked
+    )(p, p, state)
+    assert "mosaic_gpu" in exported.mlir_module()
+    with pytest.raises(KernelError, match="300 elements"):
+        flat = jnp.zeros((300,))
+        update(rule, flat, flat, api.init8(flat, rule), backend="gpu")
 
 
 @pytest.mark.parametrize("signed", [True, False])
