@@ -2,8 +2,8 @@
 
 The flat arrays are cut into blocks of 256. A warpgroup holds a block as two elements
 per thread, read from memory with coalesced loads, decodes, updates, reduces the
-magnitude over its threads and writes everything back, in place with jax 0.10 and 0.11
-(the kernels of 0.12 take no aliases: there results are new arrays). Many warpgroups
+magnitude over its threads and writes everything back, to new arrays
+(these kernels take no aliases). Many warpgroups
 share a processor, so that one computes while others wait for memory; a block needs few
 registers. Arithmetic decoding and encoding (`dynamic`) keep tables out of it.
 
@@ -56,28 +56,16 @@ def _run(name, p, g, state, hyper, *, config=None, interpret=False):
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat]
     operands = (hyper, g.reshape(-1), *flat)
     body = functools.partial(_kernel, name)
-    if versions.JAX >= (0, 12):  # whose pallas_call lowers no Mosaic GPU kernels
-        call = plgpu.kernel(
-            lambda *refs: body(lax.axis_index("run"), *refs),
-            out_type=shapes,
-            grid=(blocks // RUN,),
-            grid_names=("run",),
-            **({"interpret": interpret} if interpret else {}),
-        )
-        new = call(*operands)
-    else:
-        whole = pl.BlockSpec(memory_space=plgpu.GMEM)
-        new = pl.pallas_call(
-            lambda *refs: body(pl.program_id(0), *refs),
-            name=name,
-            grid=(blocks // RUN,),
-            in_specs=[whole] * len(operands),
-            out_specs=[whole] * len(flat),
-            out_shape=shapes,
-            input_output_aliases={i + 2: i for i in range(len(flat))},
-            compiler_params=plgpu.CompilerParams(),
-            interpret=interpret,
-        )(*operands)
+    # The keyword has another name since 0.12.
+    outs = {"out_type" if versions.JAX >= (0, 12) else "out_shape": shapes}
+    call = plgpu.kernel(
+        lambda *refs: body(lax.axis_index("run"), *refs),
+        grid=(blocks // RUN,),
+        grid_names=("run",),
+        **outs,
+        **({"interpret": interpret} if interpret else {}),
+    )
+    new = call(*operands)
     return tuple(x.reshape(y.shape) for x, y in zip(new, (p, *state), strict=True))
 
 
