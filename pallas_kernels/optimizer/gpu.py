@@ -20,7 +20,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import versions
 from . import dynamic, update
 from .update import BLOCK, Hyper
 
@@ -56,13 +55,11 @@ def _run(name, p, g, state, hyper, *, config=None, interpret=False):
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat]
     operands = (hyper, g.reshape(-1), *flat)
     body = functools.partial(_kernel, name)
-    # The keyword has another name since 0.12.
-    outs = {"out_type" if versions.JAX >= (0, 12) else "out_shape": shapes}
     call = plgpu.kernel(
         lambda *refs: body(lax.axis_index("run"), *refs),
         grid=(blocks // RUN,),
         grid_names=("run",),
-        **outs,
+        out_type=shapes,
         **({"interpret": interpret} if interpret else {}),
     )
     new = call(*operands)
