@@ -129,7 +129,7 @@ def matmul(
         operands.append(jnp.pad(scale[:, 0], (0, tokens - m)))
         bias32 = jnp.zeros(spec.n, F32) if bias is None else bias.astype(F32)
         operands.append(jnp.pad(bias32, (0, columns - spec.n)))
-    y = _call(plan, interpret)(*operands)
+    y: Any = _call(plan, interpret)(*operands)
     if not config.split:
         return y[:m, : spec.n]
     y = _total(y, plan)[:m, : spec.n] * scale
@@ -504,7 +504,8 @@ def _tile_sum(plan, interpret, warpgroup, start, stop, first, scratch):
     """
     config = plan.config
     kind = jnp.int32 if plan.integer else F32
-    accumulators = [plgpu.ACC((64, config.tokens), kind)] * (1 + plan.rest)
+    accumulator = plgpu.ACC((64, config.tokens), kind)  # pyright: ignore
+    accumulators = [accumulator] * (1 + plan.rest)
     multiply = functools.partial(_multiply, plan, interpret, warpgroup, scratch)
 
     def enter(i):
@@ -649,7 +650,7 @@ def _fragment(words, dtype, part, parts, interpret):
             halves += pair
         return _operand(halves, dtype)
 
-    return emit(words)
+    return emit(words)  # pyright: ignore[reportCallIssue] - the context is passed
 
 
 def _nibbles(word, dtype):
@@ -678,7 +679,7 @@ def _ones(dtype, part, parts, interpret):
         kept = [_keeps(i // 2, part, parts) for i in range(2 * layout.WORDS)]
         return _operand([_const(one if keep else 0) for keep in kept], dtype)
 
-    return emit()
+    return emit()  # pyright: ignore[reportCallIssue] - the context is passed
 
 
 def _const(value):

@@ -9,6 +9,11 @@ sublanes, which is how they are packed) and a sign flip that turns `code` into
 
     y = s_x sum_g scale_g (sum_l x_q c  -  r_g sum_l x_q),   r = zero + offset - shift
 
+For float8 activations (7x) conversion and sign flip would bound the step, so nibbles
+are not converted: byte `code` is the float8 number `code 2**-9`, a subnormal one up to
+7. Low and high nibbles of 64 byte rows then are two runs of 64 rows, even and odd ones,
+and the activations are put in that order when they are rounded.
+
 Groups of 128 rows or more are one product each, scaled afterwards. Smaller groups share
 a product of 128 rows: `x` is repeated with the other groups' rows set to zero, and the
 copies' results are scaled apart. The matrix unit is 128 deep or deeper, so the copies
@@ -186,12 +191,13 @@ def _call(
         operands.append(jnp.asarray(out_scale, F32).reshape(1))
         in_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
     plan = Plan(spec, config, activation, w.zero is not None)
+    plan.signed(codes.dtype)
     scratch = [
         pltpu.VMEM((plan.parts * rows, k), jnp.dtype(activation)),
         pltpu.VMEM((rows, 1), F32),
-        pltpu.VMEM((rows, spec.k // plan.unit), F32),
-        pltpu.VMEM((spec.groups, columns), F32),
-        pltpu.VMEM((spec.groups if plan.zero else 1, columns), F32),
+        pltpu.VMEM((plan.units * rows, LANES), F32),
+        pltpu.VMEM((1 if config.unroll else spec.groups, columns), F32),
+        pltpu.VMEM((1 if config.unroll else spec.groups, columns), F32),
         pltpu.VMEM((rows, columns), plan.sum_dtype),
     ]
     moved = tiles * (codes[0].size + scale[0].size * scale.dtype.itemsize)
@@ -238,6 +244,8 @@ class Plan:
       unit: rows whose activations are summed for the zero-point.
       group: rows with one scale, at most `k`.
       whole: one scale per column: sums stay as the matrix unit gives them.
+      nibbles: 4-bit codes are read as float8 numbers, without conversion.
+      unit_value: what a decoded code counts, but for the shift.
       shift: what decoding subtracts from a code.
       zero: whether zero-points are arrays.
       rest: whether sums of the activations are needed.
@@ -251,8 +259,10 @@ class Plan:
         self.parts = specs.parts(spec)
         self.piece = self._piece()
         self.unit = spec.k if self.whole else min(self.group, self.piece)
+        self.nibbles = spec.bits == 4 and not self.integer
+        self.unit_value = 2.0**-9 if self.nibbles else 1.0
         self.shift = 0.0
-        if spec.kind == "int":
+        if spec.kind == "int" and not self.nibbles:
             self.shift = 2.0 ** (spec.bits - 1)
         self.offset = spec.offset
 
@@ -276,6 +286,11 @@ class Plan:
         return self.zero or self.offset != self.shift
 
     @property
+    def units(self):
+        """Sums per row that are kept."""
+        return self.spec.k // self.unit if self.rest else 1
+
+    @property
     def integer(self):
         """Whether the matrix unit gives integers."""
         return self.activation == "int8"
@@ -294,20 +309,22 @@ def _kernel(layers, x, codes, scale, *refs, plan, given, bias, quantized):
     bias = refs.pop(0) if bias else None
     out_scale = refs.pop(0) if quantized else None
     y, xq, sx, sums, scale32, zero32, total = refs
-    plan.signed(codes.dtype)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         _round(x, x_scale, xq, sx, sums, plan)
 
-    scale32[...] = scale[...].astype(F32)
-    if zero is not None:
-        zero32[...] = zero[...].astype(F32)
+    if not plan.config.unroll:  # rows are picked by a traced index: 32 bits only
+        scale32[...] = scale[...].astype(F32)
+        scale = scale32
+        if zero is not None:
+            zero32[...] = zero[...].astype(F32)
+            zero = zero32
     config = plan.config
     for start in range(0, config.columns, config.strip):
         cols = slice(start, start + config.strip)
-        acc = _product(xq, sums, codes, scale32, zero32, total, cols, plan)
-        acc = acc * sx[...]
+        acc = _product(xq, sums, codes, scale, zero, total, cols, plan)
+        acc = acc * (sx[...] * F32(1 / plan.unit_value))
         if bias is not None:
             acc = acc + bias[:, cols]
         if out_scale is not None:
@@ -340,13 +357,13 @@ def _round(x, x_scale, xq, sx, sums, plan):
         if plan.rest:
             _sum_units(part, sums, i, plan)
         if plan.parts == 1:
-            xq[:, at] = part.astype(xq.dtype)
+            xq[:, at] = _turn(part, plan).astype(xq.dtype)
             return 0
         lane = lax.broadcasted_iota(jnp.int32, part.shape, 1)
         owner = (lane >> (plan.group.bit_length() - 1)) & (plan.parts - 1)
         for q in range(plan.parts):
             mine = jnp.where(owner == q, part, F32(0))
-            xq[q * rows : (q + 1) * rows, at] = mine.astype(xq.dtype)
+            xq[q * rows : (q + 1) * rows, at] = _turn(mine, plan).astype(xq.dtype)
         return 0
 
     if plan.rest:
@@ -354,15 +371,40 @@ def _round(x, x_scale, xq, sx, sums, plan):
     lax.fori_loop(0, pieces, store, 0)
 
 
+def _turn(part, plan):
+    """Activations in the order of nibbles: of 128 rows the even ones, then the odd."""
+    if not plan.nibbles:
+        return part
+    start = lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0)
+    end = lax.broadcasted_iota(jnp.int32, (LANES, LANES), 1)
+    half = LANES // 2
+    source = jnp.where(end < half, 2 * end, 2 * (end - half) + 1)
+    swap = jnp.where(start == source, F32(1), F32(0)).astype(jnp.bfloat16)
+    pieces = [
+        jnp.dot(
+            part[:, i : i + LANES].astype(jnp.bfloat16),
+            swap,
+            preferred_element_type=F32,
+        )
+        for i in range(0, part.shape[1], LANES)
+    ]
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
+
+
 def _sum_units(part, sums, i, plan):
-    """Adds the sums of one piece to the columns of its units."""
-    lane = lax.broadcasted_iota(jnp.int32, sums.shape, 1)
-    found, width = sums[...], min(plan.unit, plan.piece)
+    """Adds the sums of one piece to those of its units, which fill whole lanes.
+
+    They are stored as they will be subtracted: times what a code counts and, without
+    zero-points, times the one that is left.
+    """
+    rows, width = part.shape[0], min(plan.unit, plan.piece)
+    factor = plan.unit_value * (1.0 if plan.zero else plan.offset - plan.shift)
     for q in range(plan.piece // width):
         total = jnp.sum(part[:, q * width : (q + 1) * width], axis=1, keepdims=True)
-        index = _quotient(i * plan.piece + q * width, plan.unit)
-        found = found + jnp.where(lane == index, total, F32(0))
-    sums[...] = found
+        unit = _quotient(i * plan.piece + q * width, plan.unit)
+        sums[pl.ds(unit * rows, rows), :] += jnp.broadcast_to(
+            total * F32(factor), (rows, LANES)
+        )
 
 
 def _decode(codes, at, cols, plan):
@@ -371,6 +413,12 @@ def _decode(codes, at, cols, plan):
     part = codes[at, cols]
     if plan.spec.kind == "e4m3":
         return part if part.dtype == dtype else pltpu.bitcast(part, dtype)
+    if plan.nibbles:
+        runs = []
+        for i in range(0, part.shape[0], LANES // 2):
+            byte = part[i : i + LANES // 2]
+            runs += [byte & jnp.uint8(15), byte >> jnp.uint8(4)]
+        return jnp.concatenate([pltpu.bitcast(run, dtype) for run in runs], axis=0)
     if plan.spec.bits < 8:
         top, short = {4: (0x88, jnp.int4), 2: (0xAA, jnp.int2)}[plan.spec.bits]
         return pltpu.bitcast(part ^ jnp.uint8(top), short).astype(dtype)
@@ -381,9 +429,16 @@ def _decode(codes, at, cols, plan):
 
 def _product(xq, sums, codes, scale, zero, total, cols, plan):
     """`x_q W` for some columns, scaled by the weight's scales, float32."""
-    piece, rows = plan.piece, sums.shape[0]
+    piece, rows = plan.piece, plan.config.rows
     bytes_of = plan.spec.packed_k * piece // plan.spec.k
     prefer = jnp.int32 if plan.integer else F32
+    if plan.config.unroll:
+        scale = scale[:, cols].astype(F32)
+        zero = None if zero is None else zero[:, cols].astype(F32)
+
+    def row(stat, g):
+        return stat[g : g + 1] if plan.config.unroll else stat[pl.ds(g, 1), cols]
+
     pieces = plan.spec.k // piece
 
     def dot(i):
@@ -396,10 +451,13 @@ def _product(xq, sums, codes, scale, zero, total, cols, plan):
     def scaled(value, g, unit):
         value = value.astype(F32)
         if plan.rest:
-            rest = F32(plan.offset - plan.shift)
-            rest = rest + zero[pl.ds(g, 1), cols] if plan.zero else rest
-            value = value - rest * _lane(sums, unit)
-        return value * scale[pl.ds(g, 1), cols]
+            less = sums[pl.ds(unit * rows, rows), :]
+            less = jnp.tile(less, (1, plan.config.strip // LANES))
+            if plan.zero:
+                rest = F32(plan.offset - plan.shift)
+                less = less * (row(zero, g) + rest)
+            value = value - less
+        return value * row(scale, g)
 
     if plan.whole:
         keep = plan.config.unroll
@@ -419,12 +477,12 @@ def _product(xq, sums, codes, scale, zero, total, cols, plan):
 
     def groups(i):
         result = dot(i)
-        found = None
+        found = jnp.zeros((rows, plan.config.strip), F32)
         for q in range(plan.parts):
             unit = i * plan.parts + q
             group = _quotient(unit * plan.unit, plan.group)
             one = scaled(result[q * rows : (q + 1) * rows], group, unit)
-            found = one if found is None else found + one
+            found = one if plan.parts == 1 else found + one
         return found
 
     if plan.config.unroll:
@@ -445,11 +503,3 @@ def _product(xq, sums, codes, scale, zero, total, cols, plan):
 def _quotient(a, b):
     """`a // b` for numbers that are not negative, where jnp's would look at signs."""
     return a // b if isinstance(a, int) else lax.div(a, jnp.int32(b))
-
-
-def _lane(sums, g):
-    """Column `g` of the group sums, `[rows, 1]`; `g` may be traced."""
-    if isinstance(g, int):
-        return sums[:, g : g + 1]
-    lane = lax.broadcasted_iota(jnp.int32, sums.shape, 1)
-    return jnp.sum(jnp.where(lane == g, sums[...], F32(0)), axis=1, keepdims=True)
