@@ -55,7 +55,7 @@ def weights(name, k, n, rng):
     table = rng.standard_normal(16).astype(np.float32) if kind == "table" else None
     first = Weight(codes, s, None, table)
     copies = max(2, -(-COLD // first.nbytes))
-    return spec, [jax.tree.map(lambda a: jnp.array(a, copy=True), first)] * 0 + [
+    return spec, [
         jax.tree.map(lambda a: jnp.array(a, copy=True), first) for _ in range(copies)
     ]
 
@@ -108,11 +108,9 @@ def product(matmul, spec):
 def measure(table, rounds, seconds):
     """Times of every contestant, interleaved; slow ones have fewer turns."""
     compiled = {name: jax.jit(f) for name, (f, _, _) in table.items()}
-    times = {name: [] for name in table}
+    times: dict[str, list[float]] = {name: [] for name in table}
     for name, (_, calls, _) in table.items():
-        start = time.perf_counter()
         compiled[name](*calls[0]).block_until_ready()
-        times[name] = [] if time.perf_counter() - start < seconds else []
     turn = 0
     for _ in range(rounds):
         for name, (_, calls, _) in table.items():

@@ -1,5 +1,6 @@
 """The wheel holds the library's tree, all of it and nothing else."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+NATIVE = "qjax/pallas_kernels/native"
 
 PROBE = """
 import importlib, pkgutil, sys
@@ -39,33 +42,50 @@ def _tree(root: Path, settings: dict) -> set[str]:
     paths = set()
     for name, folder in _source_of(root, settings).items():
         for file in folder.rglob("*"):
-            if file.is_file() and "__pycache__" not in file.parts:
+            if file.is_file() and _is_installed(file):
                 inside = file.relative_to(folder)
                 paths.add(f"{name.replace('.', '/')}/{inside.as_posix()}")
     excluded = settings["tool"]["setuptools"]["exclude-package-data"]["qjax"]
     return paths - {f"qjax/{name}" for name in excluded}
 
 
-@pytest.fixture(scope="module")
-def wheel(root, settings, tmp_path_factory) -> Path:
-    """A wheel built from a copy of the checkout, so that no stale build leaks in."""
-    work = tmp_path_factory.mktemp("wheel")
-    skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
+def _is_installed(file: Path) -> bool:
+    """Sources of the extension, and builds of it in the checkout, stay behind."""
+    if file.name == "unbuilt.txt" or file.suffix in (".so", ".cc", ".h"):
+        return False
+    return "__pycache__" not in file.parts
+
+
+def _copy(root: Path, settings: dict, work: Path) -> None:
+    """What a build needs, without what earlier builds left."""
+    skip = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so", "unbuilt.txt")
     for folder in [root / "qjax", *_source_of(root, settings).values()]:
         target = work / folder.relative_to(root)
         if not target.exists():
             shutil.copytree(folder, target, ignore=skip)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(root / name, work / name)
+
+
+def _build(work: Path, **env) -> Path:
     build = "import sys, setuptools.build_meta as b; print(b.build_wheel(sys.argv[1]))"
     done = subprocess.run(
         [sys.executable, "-c", build, str(work / "dist")],
         cwd=work,
         capture_output=True,
         text=True,
+        env=os.environ | env,
     )
     assert done.returncode == 0, done.stderr
     return next((work / "dist").glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def wheel(root, settings, tmp_path_factory) -> Path:
+    """A wheel built from a copy of the checkout, so that no stale build leaks in."""
+    work = tmp_path_factory.mktemp("wheel")
+    _copy(root, settings, work)
+    return _build(work)
 
 
 def test_every_package_is_listed(root, settings):
@@ -86,7 +106,20 @@ def test_every_module_folder_is_a_package(root, settings):
 def test_wheel_equals_tree(wheel, root, settings):
     with zipfile.ZipFile(wheel) as archive:
         names = {n for n in archive.namelist() if ".dist-info/" not in n}
-    assert names == _tree(root, settings)
+    extension = {n for n in names if n.startswith(f"{NATIVE}/_kernels")}
+    assert names - extension == _tree(root, settings)
+    assert len(extension) == 1 or not shutil.which("c++")
+
+
+def test_wheel_without_a_compiler(root, settings, tmp_path):
+    """The install goes on and says why the native kernels are absent."""
+    _copy(root, settings, tmp_path)
+    wheel = _build(tmp_path, CC="no-such-compiler", CXX="no-such-compiler")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        reason = archive.read(f"{NATIVE}/unbuilt.txt").decode()
+    assert not [n for n in names if n.startswith(f"{NATIVE}/_kernels")]
+    assert reason.startswith("not built: ") and "no-such-compiler" in reason
 
 
 def test_wheel_carries_licence_and_command(wheel):

@@ -88,7 +88,7 @@ QJAX_TARGET_END
 #if defined(__clang__)
 QJAX_TARGET("dotprod")
 #else
-QJAX_TARGET("+dotprod")
+QJAX_TARGET("arch=armv8.2-a+dotprod")
 #endif
 namespace qjax::neon {
 #define QJAX_LANES_NEON

@@ -1,10 +1,10 @@
-"""Random packed weights and float64 products, in NumPy and independent of the library."""
+"""Random packed weights and their values in float64, independent of the library."""
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from qjax.pallas_kernels.weights import FIELDS, Weight, WeightSpec
+from qjax.pallas_kernels.weights import FIELDS, Weight
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 E2M1 = np.concatenate([E2M1, -E2M1])
