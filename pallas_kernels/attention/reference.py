@@ -281,9 +281,9 @@ def bound(
 
     A backend rounds q, the softmax weights and its partial results to `compute` (unit
     roundoff u), sums in float32 (roundoff f) and rounds its result to the dtype of q
-    (roundoff r). A score
-    then errs by `e = (u + (head_dim + 8) f) scale s_k sum_d |q_d key_d|`, weights by
-    the factor `exp(2 e)`, and the result by
+    (roundoff r). A score then errs by
+    `e = (u + (head_dim + 8) f) scale s_k sum_d |q_d key_d|`, weights by the factor
+    `exp(2 e)`, and the result by
 
         (exp(2 e) - 1 + 2 u + (length + 16) f) sum_j w_j |V_j| + r |y|
 

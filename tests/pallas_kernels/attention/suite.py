@@ -83,7 +83,7 @@ class AttentionSuite:
     lengths = (1, 3, 100, 256)
     groups = (1, 2, 5)
     kinds = KINDS
-    examples = 12
+    examples = 8
 
     def run(self, q, cache, queries, keys, **options):
         """Calls the backend."""

@@ -24,7 +24,7 @@ class TestTpu(AttentionSuite):
     widths = (128, 64)
     lengths = (128, 384)
     groups = (1, 4)
-    examples = 8
+    examples = 5
 
     def run(self, q, cache, queries, keys, **options):
         problem = specs.Problem.of(q, cache)
