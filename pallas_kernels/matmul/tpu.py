@@ -231,7 +231,8 @@ def _arranged(plan, x):
     sums = None
     if plan.after and plan.corrects:
         width = spec.group if spec.groups > 1 else plan.rows
-        groups = jnp.pad(x, ((0, 0), (0, spec.groups * width - plan.rows)))
+        short = max(0, spec.groups * width - plan.rows)
+        groups = jnp.pad(x, ((0, 0), (0, short)))
         groups = groups[:, : spec.groups * width].astype(jnp.float32)
         sums = jnp.sum(groups.reshape(-1, spec.groups, width), axis=-1)
     terms = _split(x, plan.parts if plan.after else 1)
@@ -246,7 +247,7 @@ def _arranged(plan, x):
             (((3,), (0,)), ((), ())),
             preferred_element_type=jnp.float32,
         ).astype(jnp.bfloat16)  # [parts, m, regions, per, region]
-        terms = jnp.moveaxis(terms, 3, 0).reshape(per, *x.shape[:0], -1, *x.shape)
+        terms = jnp.moveaxis(terms, 3, 0).reshape(per, -1, *x.shape)
     else:
         terms = terms[None]
     terms = terms.reshape(-1, tiles, rows, plan.rows)
