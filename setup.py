@@ -6,6 +6,7 @@ with jaxlib. When the extension cannot be built the reason is kept in
 """
 
 import importlib.util
+import os
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -34,7 +35,7 @@ class Build(build_ext):
             for extension in self.extensions:
                 extension.extra_compile_args = [
                     "-std=c++17",
-                    "-O3",
+                    *([] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"]),
                     "-g0",  # Python's own flags ask for debug information
                     "-DNDEBUG",
                     "-fvisibility=hidden",
