@@ -161,6 +161,10 @@ def cached_attention(
     before = jnp.arange(keys.shape[1], dtype=jnp.int32) < index
     keys = jnp.where(before, keys, jnp.int32(-1))
     layer = options.pop("layer", None)
+    if layer is not None and device.platform() == "tpu":
+        # XLA lays codes out anew to slice them: better one layer than the stack.
+        cache = KV(*(lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache))
+        layer = None
     return _blockwise(q, cache, queries, keys, layer, fresh=(k, v), **options)
 
 
