@@ -1,5 +1,6 @@
 """Cases of products with 8-bit activations for `kernels.py` and the AOT scripts."""
 
+import dataclasses
 import functools
 
 import jax
@@ -214,3 +215,29 @@ def _tpu_case(name, spec, zero, m):
             "bar": bar if m == 16 and name == "w4a8-g128" else None,
             "fast": m == 16 and name in ("w4a8-g128", "w8a8", "w8a8-fp8"),
         }
+
+
+def gpu_cases():
+    """Programs for `gpu_aot.py`: decode and prefill of every stored format."""
+    k, n = SHAPES[0]
+    for name, (_, activation) in FORMATS.items():
+        small, spec = weight_of(name, 256, 128)
+        ready = layout.prepack(small, spec)
+        if ready is None:
+            continue
+        group = spec.group if spec.group < spec.k else k
+        spec = dataclasses.replace(ready[1], k=k, n=n, group=group)
+        rows, columns = layout.padded(spec)
+        shape = (columns, rows)
+        if spec.bits == 4:
+            shape = (columns // 64, rows // layout.UNIT * layout.WORDS, 128)
+        stat = jax.ShapeDtypeStruct((layout.groups(spec), columns), jnp.bfloat16)
+        codes = jax.ShapeDtypeStruct(shape, ready[0].codes.dtype)
+        weight = Weight(codes, stat, None if small.zero is None else stat)
+        for m in (16, 4096):
+            yield {
+                "name": f"matmul_a8-{name}-m{m}-{k}x{n}",
+                "fn": product("gpu", spec, activation),
+                "args": (jax.ShapeDtypeStruct((m, k), jnp.bfloat16), weight),
+                "fast": name in ("w8a8", "w8a8-fp8", "w4a8-g128"),
+            }
