@@ -224,7 +224,6 @@ def _tpu_case(
     dtype="bfloat16",
     layers=None,
     tiles=None,
-    fast=False,
     **more,
 ):
     from qjax.pallas_kernels.matmul import specs, tpu
