@@ -30,10 +30,12 @@
 #define UNROLL _Pragma("GCC unroll 64")
 #endif
 
-#if defined(__x86_64__)
+// -DQJAX_PLAIN leaves the code for vector units out: quick to build, slow to run.
+#if defined(__x86_64__) && !defined(QJAX_PLAIN)
 #define QJAX_X86 1
 #include <immintrin.h>
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && !defined(QJAX_PLAIN)
+#define QJAX_ARM 1
 #include <arm_neon.h>
 #if defined(__linux__)
 #include <sys/auxv.h>
@@ -84,7 +86,7 @@ namespace qjax::avx2 {
 QJAX_TARGET_END
 #endif
 
-#ifdef __aarch64__
+#ifdef QJAX_ARM
 #if defined(__clang__)
 QJAX_TARGET("dotprod")
 #else
@@ -118,7 +120,7 @@ const Engine kEngines[] = {
 #ifdef QJAX_X86
     QJAX_ENGINE(avx512), QJAX_ENGINE(avxvnni), QJAX_ENGINE(avx2),
 #endif
-#ifdef __aarch64__
+#ifdef QJAX_ARM
     QJAX_ENGINE(neon),
 #endif
     QJAX_ENGINE(plain)};
@@ -140,7 +142,7 @@ bool supported(const std::string& isa) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
   }
 #endif
-#ifdef __aarch64__
+#ifdef QJAX_ARM
 #if defined(__linux__)
   if (isa == "neon") return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
 #else
