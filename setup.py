@@ -35,7 +35,7 @@ class Build(build_ext):
             for extension in self.extensions:
                 extension.extra_compile_args = [
                     "-std=c++17",
-                    *([] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"]),
+                    *([] if "-O" in os.environ.get("CXXFLAGS", "") else ["-O3"]),
                     "-g0",  # Python's own flags ask for debug information
                     "-DNDEBUG",
                     "-fvisibility=hidden",

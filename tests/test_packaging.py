@@ -84,7 +84,7 @@ def wheel(root, settings, tmp_path_factory) -> Path:
     """A wheel built from a copy of the checkout, so that no stale build leaks in."""
     work = tmp_path_factory.mktemp("wheel")
     _copy(root, settings, work)
-    return _build(work, CFLAGS="-O1 -DQJAX_PLAIN")  # what it holds matters, not speed
+    return _build(work, CXXFLAGS="-O1 -DQJAX_PLAIN")  # what it holds matters, not speed
 
 
 def test_every_package_is_listed(root, settings):

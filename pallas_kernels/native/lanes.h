@@ -148,7 +148,7 @@ INLINE I as_dwords(B v) { return v; }
 #if defined(QJAX_LANES_AVXVNNI)
 template <int BITS>
 INLINE I dot(I acc, I w, I x) {
-  __asm__("{vex} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(x));
+  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(x));
   return acc;
 }
 #else
