@@ -22,3 +22,12 @@ def load(ref: Any, layout: Any, *, optimized: bool = True) -> Any:
 
     index = () if JAX >= (0, 12) else ((),)
     return plgpu.load(ref, *index, layout=layout, optimized=optimized)
+
+
+def result(shape: tuple[int, ...], dtype: Any, *operands: Any) -> Any:
+    """Type of a kernel's result, which inside `shard_map` varies as its operands do."""
+    varying = frozenset().union(
+        *(jax.typeof(x).manual_axis_type.varying for x in operands)
+    )
+    kind = type(jax.typeof(operands[0]).manual_axis_type)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind(varying=varying))

@@ -7,9 +7,9 @@ compiling for the device (`python benchmarks/cases_attention.py tpu`).
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 
+from ..device import device_kind
 from .reference import KINDS, KV
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -172,7 +172,7 @@ def divisor(length: int, most: int, unit: int) -> int:
 
 def default_device() -> str | None:
     """Returns the kind of the device that programs are traced for."""
-    return jax.devices()[0].device_kind
+    return device_kind()
 
 
 def config(device: str | None, problem: Problem) -> Config:

@@ -19,12 +19,12 @@ all `k`; there an expert's weight is read once per tile.
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from .. import versions
 from ..matmul import decode
 from ..matmul import tpu as dense
 from ..matmul.specs import Config
@@ -378,7 +378,7 @@ def _call(plan, visits, experts, out, interpret, kernel, grid, inputs, output, s
             out_specs=block,
             scratch_shapes=list(scratch.values()),
         ),
-        out_shape=jax.ShapeDtypeStruct(shape, out),
+        out_shape=versions.result(shape, out, *[a for a, _ in inputs.values()]),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=semantics, vmem_limit_bytes=plan.tiles.vmem
         ),

@@ -22,9 +22,9 @@ block's edge.
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 
+from .. import device
 from ..weights import FIELDS, KernelError, WeightSpec
 from . import decode, layout
 
@@ -102,8 +102,8 @@ def chip(kind: str | None = None) -> str:
     """Generation of a device.
 
     Args:
-      kind: its `device_kind`; default that of the first device, or, where that is no
-        TPU (programs are also made elsewhere), the oldest generation.
+      kind: its `device_kind`; default that of the device that is traced for, or,
+        where that is no TPU (programs are also made elsewhere), the oldest generation.
 
     Returns:
       A key of `TUNED`.
@@ -112,10 +112,9 @@ def chip(kind: str | None = None) -> str:
       KernelError: a TPU that the kernels do not know.
     """
     if kind is None:
-        device = jax.devices()[0]
-        if device.platform != "tpu":
+        kind = device.device_kind()
+        if not kind.startswith("TPU"):
             return "v5e"
-        kind = device.device_kind
     if kind not in CHIPS:
         raise KernelError(f"TPU kernels know {sorted(set(CHIPS))}, not {kind!r}")
     return CHIPS[kind]

@@ -25,13 +25,13 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from .. import versions
 from ..weights import Weight, WeightSpec
 from . import decode, reference, specs
 from .specs import Config
@@ -563,7 +563,7 @@ def _call(plan, kernel, grid, inputs, output, scratch, semantics, layer, interpr
             out_specs=pl.BlockSpec(block, index),
             scratch_shapes=list(scratch.values()),
         ),
-        out_shape=jax.ShapeDtypeStruct(shape, plan.out),
+        out_shape=versions.result(shape, plan.out, layer, *arrays),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=semantics, vmem_limit_bytes=plan.tiles.vmem
         ),

@@ -14,9 +14,9 @@ GPU tiles likewise by registers and spills:
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from .. import device
 from ..weights import WeightSpec
 
 ACTIVATIONS = ("int8", "float8_e4m3fn")
@@ -76,10 +76,9 @@ class Config:
     unroll: bool
 
 
-def chip(device: Any = None) -> str | None:
-    """Name of the TPU generation of a device (default: the first), None if unknown."""
-    device = jax.devices()[0] if device is None else device
-    return _KINDS.get(device.device_kind)
+def chip() -> str | None:
+    """The TPU generation that is traced for, None if unknown."""
+    return _KINDS.get(device.device_kind())
 
 
 def default(

@@ -32,6 +32,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from .. import versions
 from ..weights import KernelError, Weight, WeightSpec
 from . import reference, specs
 from .specs import LANES, Config
@@ -218,7 +219,7 @@ def _call(
             ),
             scratch_shapes=scratch,
         ),
-        out_shape=jax.ShapeDtypeStruct((m, n), out),
+        out_shape=versions.result((m, n), out, *operands),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=specs.CHIPS[config.chip].vmem,

@@ -17,9 +17,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+import qjax.pallas_kernels.device as device
 from qjax.errors import SpecError, UnsupportedError
 from qjax.ops import blocked, kernels, product
-from qjax.pallas_kernels import device
 from qjax.pallas_kernels.matmul_a8 import reference
 
 DTYPES = ("int8", "float8_e4m3fn")

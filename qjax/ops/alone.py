@@ -9,39 +9,48 @@ Reference: jax issue 38196.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 _choice = Primitive("qjax_alone")
+_choice.multiple_results = True
 
 
-def alone_or(
-    kernel: Callable[..., jax.Array], other: Callable[..., jax.Array], *operands
-) -> jax.Array:
+def alone_or(kernel: Callable[..., Any], other: Callable[..., Any], *operands) -> Any:
     """`kernel(*operands)`, or `other(*operands)` in a program on several devices.
 
     Args:
       kernel: for one device, and for the inside of `jax.shard_map`.
       other: computes the same with operations that compilers can split.
-      *operands: arrays.
+      *operands: pytrees of arrays.
     """
-    return _choice.bind(*operands, kernel=kernel, other=other)
+    leaves, tree = jax.tree.flatten(operands)
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
+    results = jax.eval_shape(other, *jax.tree.unflatten(tree, leaves))
+
+    def flat(function):
+        return lambda *a: jax.tree.leaves(function(*jax.tree.unflatten(tree, a)))
+
+    out = _choice.bind(*leaves, kernel=flat(kernel), other=flat(other))
+    return jax.tree.unflatten(jax.tree.structure(results), out)
 
 
 @_choice.def_impl
-def _run(*operands, kernel, other):
-    return jax.jit(lambda *a: alone_or(kernel, other, *a))(*operands)
+def _run(*operands, **functions):
+    return jax.jit(lambda *a: _choice.bind(*a, **functions))(*operands)
 
 
 @_choice.def_abstract_eval
-def _type(*types, kernel, other):
+def _types(*types, kernel, other):
     del kernel
     arguments = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in types]
-    result = jax.eval_shape(other, *arguments)
-    return ShapedArray(result.shape, result.dtype)
+    results = jax.eval_shape(other, *arguments)
+    return [ShapedArray(result.shape, result.dtype) for result in results]
 
 
 def _lower(ctx, *operands, kernel, other):
@@ -51,7 +60,7 @@ def _lower(ctx, *operands, kernel, other):
     else:
         alone = getattr(where, "num_devices", 1) == 1
     chosen = kernel if alone else other
-    return mlir.lower_fun(chosen, multiple_results=False)(ctx, *operands)
+    return mlir.lower_fun(chosen, multiple_results=True)(ctx, *operands)
 
 
 mlir.register_lowering(_choice, _lower)

@@ -10,18 +10,22 @@ is ever a float array. Costs: `BLOCK_BYTES` of decoded keys and values, and scor
 one block.
 """
 
+import functools
 import logging
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+import qjax.pallas_kernels.device as device
 from qjax.errors import SpecError, UnsupportedError
-from qjax.ops import device
+from qjax.ops.alone import alone_or
 from qjax.ops.blocks import same_variance
 from qjax.pallas_kernels.attention import api, reference, specs
 from qjax.pallas_kernels.attention.reference import KV
+from qjax.pallas_kernels.matmul import gpu_specs
 
 logger = logging.getLogger("qjax.ops")
 
@@ -51,6 +55,8 @@ def choose(platform: str, problem: specs.Problem) -> tuple[str, list[tuple[str, 
     refused = []
     for name in PREFERENCE.get(platform, PREFERENCE["default"]):
         reason = None if name == "xla" else specs.obstacle(name, problem)
+        if name == "gpu":
+            reason = reason or gpu_specs.device_obstacle()
         if reason is None:
             return name, refused
         refused.append((name, reason))
@@ -106,7 +112,9 @@ def decode_attention(
                 backend=name, **both,
             )  # fmt: skip
 
-        return call
+        if name in ("xla", "reference") or jax.sharding.get_abstract_mesh().manual_axes:
+            return call
+        return functools.partial(alone_or, call, run("xla"))
 
     arrays = (q, cache, queries, keys, layer, scale, window)
     if backend is not None:
@@ -199,7 +207,10 @@ def write_kv(
     arrays = (k, v, cache, jnp.asarray(index, jnp.int32), layer)
     if device.platform() != "tpu" or specs.write_obstacle(cache):
         return run("reference")(*arrays)
-    return lax.platform_dependent(*arrays, tpu=run("tpu"), default=run("reference"))
+    kernel = run("tpu")
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        kernel = functools.partial(alone_or, kernel, run("reference"))
+    return lax.platform_dependent(*arrays, tpu=kernel, default=run("reference"))
 
 
 def _blockwise(

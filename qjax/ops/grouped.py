@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+import qjax.pallas_kernels.device as device
 from qjax.errors import SpecError, UnsupportedError
-from qjax.ops import device, windows
+from qjax.ops import windows
 from qjax.ops.blocks import materialize_scale, same_variance
 from qjax.ops.grouped_product import ACTIVATIONS, BACKENDS, choose, fused, packed
 from qjax.ops.prepack import Prepacked, cut

@@ -27,8 +27,9 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+import qjax.pallas_kernels.device as device
 from qjax.errors import SpecError
-from qjax.ops import device, kernels, partition
+from qjax.ops import kernels, partition
 from qjax.ops.alone import alone_or
 from qjax.pallas_kernels.weights import KernelError, Weight, WeightSpec
 from qjax.wrappers import LayerOf

@@ -18,8 +18,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+import qjax.pallas_kernels.device as device
 from qjax.errors import UnsupportedError
-from qjax.ops import device, grouped_kernels, windows
+from qjax.ops import grouped_kernels, windows
 from qjax.ops.prepack import cut
 from qjax.ops.product import Packed, product
 from qjax.tensor import LayoutTensor

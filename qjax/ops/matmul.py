@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+import qjax.pallas_kernels.device as device
 from qjax.errors import SpecError, UnsupportedError
 from qjax.ops import activations
 from qjax.ops.blocks import materialize_scale, same_variance
@@ -33,7 +34,6 @@ from qjax.ops.product import (
     dense_product,
     product,
 )
-from qjax.pallas_kernels import device
 from qjax.tensor import QuantizedTensor
 from qjax.wrappers import (
     InputScaled,

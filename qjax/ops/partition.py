@@ -30,9 +30,9 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+import qjax.pallas_kernels.device as device
 from qjax.ops.alone import alone_or
 from qjax.ops.blocks import same_variance
-from qjax.pallas_kernels import device
 from qjax.pallas_kernels.weights import Weight, WeightSpec
 
 

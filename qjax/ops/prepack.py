@@ -16,11 +16,11 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+import qjax.pallas_kernels.device as device
 from qjax.formats import Format, Int
 from qjax.formats.codebook import TableFormat
 from qjax.ops import kernels
 from qjax.ops.blocks import materialize_scale, replaced
-from qjax.pallas_kernels import device
 from qjax.pallas_kernels.weights import Weight, WeightSpec
 from qjax.tensor import (
     AffineTensor,
@@ -108,9 +108,7 @@ class Prepacked(QuantizedTensor):
         return self.canonical().dequantize(dtype)
 
 
-def prepack(
-    model: _T, *, kind: str | None = None, activation: str | None = None
-) -> _T:
+def prepack(model: _T, *, kind: str | None = None, activation: str | None = None) -> _T:
     """Rewrites packed weights into the layout that a device's kernels read.
 
     Args:

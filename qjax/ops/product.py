@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+import qjax.pallas_kernels.device as device
 from qjax.errors import UnsupportedError
 from qjax.formats import Cast
 from qjax.ops import blocked, kernels, rows
 from qjax.ops.blocks import replaced, same_variance
 from qjax.ops.prepack import Prepacked, cut
-from qjax.pallas_kernels import device
 from qjax.tensor import LayoutTensor, MinifloatTensor
 from qjax.wrappers import LayerOf
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qjax.errors import SpecError, UnsupportedError
 from qjax.formats import NF4, NVFP4, Int
 from qjax.methods import quantize
-from qjax.ops.device import target
+from qjax.ops import target
 from qjax.ops.grouped import (
     ACTIVATIONS,
     explain_grouped,
