@@ -5,17 +5,22 @@ is the cast of the same weight to bfloat16.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.formats import NF4
 from qjax.pallas_kernels.quantize import api, specs
 from qjax.pallas_kernels.quantize.xla import bytes_moved
 from qjax.pallas_kernels.weights import WeightSpec
 
 SHAPES = {"4096x14336": (4096, 14336), "8192x8192": (8192, 8192)}
+CPU_SHAPES = {"1024x2048": (1024, 2048)}
+NF4 = (
+    "-1 -.6961928 -.52507305 -.3949175 -.28444138 -.18477343 -.09105004 0 .0795803 "
+    ".1609302 .2461123 .33791524 .44070983 .562617 .72295684 1"
+)
 FORMATS = {
     "int4-g128": ("int", 4, 128, 8.0),
     "int3-g64": ("int", 3, 64, 4.0),
@@ -37,7 +42,7 @@ def spec_of(name, k, n):
 
 def run(spec, backend, w, interpret=False):
     """Codes and scale of a weight."""
-    table = NF4().table if spec.kind == "table" else None
+    table = np.array(NF4.split(), np.float32) if spec.kind == "table" else None
     if backend == "tpu" and interpret:
         from jax.experimental.pallas import tpu as pltpu
 
@@ -50,38 +55,42 @@ def correctness(backend):
     """Share of codes that differ from the reference's, and of scales."""
     rng = np.random.default_rng()
     interpret = backend == "interpret"
-    backend = {"cpu": "xla", "gpu": "xla", "interpret": "tpu"}.get(backend, backend)
-    for name in FORMATS:
-        for k, n in ((256, 128), (1024, 200), (4096, 1024))[: 2 if interpret else 3]:
-            for dtype in (jnp.float32, jnp.bfloat16):
-                spec = spec_of(name, k, n)
-                w = jnp.asarray(rng.standard_normal((k, n)), dtype)
-                got = run(spec, backend, w, interpret)
-                want = jax.jit(functools.partial(run, spec, "reference"))(w)
-                pairs = zip(got, want, strict=True)
-                wrong = [np.mean(np.asarray(a) != np.asarray(b)) for a, b in pairs]
-                label = f"encode-{name}-{jnp.dtype(dtype).name}-{k}x{n}"
-                # Division need not be correctly rounded everywhere.
-                yield {"case": label, "error": float(max(wrong)), "bound": 1e-4}
+    kernels = {"cpu": ("xla",), "gpu": ("gpu", "xla"), "interpret": ("tpu",)}
+    sizes = ((256, 128), (1024, 200), (4096, 1024))[: 1 if interpret else 3]
+    dtypes = (jnp.float32, jnp.bfloat16)
+    for name, (k, n), dtype in itertools.product(FORMATS, sizes, dtypes):
+        spec = spec_of(name, k, n)
+        w = jnp.asarray(rng.standard_normal((k, n)), dtype)
+        want = jax.jit(functools.partial(run, spec, "reference"))(w)
+        for kernel in kernels.get(backend, ("tpu", "xla")):
+            call = functools.partial(run, spec, kernel, interpret=interpret)
+            got = call(w) if interpret else jax.jit(call)(w)
+            pairs = zip(got, want, strict=True)
+            wrong = [np.mean(np.asarray(a) != np.asarray(b)) for a, b in pairs]
+            label = f"encode-{kernel}-{name}-{jnp.dtype(dtype).name}-{k}x{n}"
+            # Division need not be correctly rounded everywhere.
+            yield {"case": label, "error": float(max(wrong)), "bound": 1e-4}
 
 
 def timing(backend):
     """Encoders on rotating weights."""
-    backend = {"cpu": "xla", "gpu": "xla"}.get(backend, backend)
-    for label, (k, n) in SHAPES.items():
-        for name in FORMATS:
-            for dtype in (jnp.float32, jnp.bfloat16):
-                spec = spec_of(name, k, n)
-                keys = jax.random.split(jax.random.key(0), 2)
-                arrays = [(jax.random.normal(key, (k, n), dtype),) for key in keys]
-                yield {
-                    "case": f"encode-{name}-{jnp.dtype(dtype).name}-{label}",
-                    "bytes": bytes_moved(arrays[0][0], spec),
-                    "flops": 20 * k * n,
-                    "run": jax.jit(functools.partial(run, spec, backend)),
-                    "arrays": arrays,
-                    "dense": jax.jit(lambda w: (2 * w).astype(jnp.bfloat16)),
-                }
+    shapes = CPU_SHAPES if backend == "cpu" else SHAPES
+    kernels = {"cpu": ("xla",), "gpu": ("gpu", "xla")}.get(backend, ("tpu", "xla"))
+    dtypes = (jnp.float32, jnp.bfloat16)
+    cast = jax.jit(lambda w: (2 * w).astype(jnp.bfloat16))
+    for (label, (k, n)), dtype in itertools.product(shapes.items(), dtypes):
+        keys = jax.random.split(jax.random.key(0), 2)
+        arrays = [(jax.random.normal(key, (k, n), dtype),) for key in keys]
+        for name, kernel in itertools.product(FORMATS, kernels):
+            spec = spec_of(name, k, n)
+            yield {
+                "case": f"encode-{kernel}-{name}-{jnp.dtype(dtype).name}-{label}",
+                "bytes": bytes_moved(arrays[0][0], spec),
+                "flops": 20 * k * n,
+                "run": jax.jit(functools.partial(run, spec, kernel)),
+                "arrays": arrays,
+                "dense": (cast, arrays),
+            }
 
 
 def tpu_cases():
@@ -101,3 +110,14 @@ def tpu_cases():
                 "kernel": "encode_weight",
                 "fast": name in ("int4-g128", "nf4-b64") and dtype == jnp.float32,
             }
+
+
+def gpu_cases():
+    """Every format, from float32 and bfloat16; see `gpu_aot.py`."""
+    for case in tpu_cases():
+        spec = case["fn"].args[0]
+        yield {key: case[key] for key in ("name", "args", "fast")} | {
+            "fn": functools.partial(run, spec, "gpu"),
+            # Scales of whole columns are found by XLA, in parts.
+            "temporaries": 16 << 20,
+        }

@@ -2,12 +2,12 @@
 
 The flat arrays are cut into blocks of 256. A warpgroup holds a block as two elements
 per thread, read from memory with coalesced loads, decodes, updates, reduces the
-magnitude over its threads and writes everything back, to new arrays
-(these kernels take no aliases). Many warpgroups
-share a processor, so that one computes while others wait for memory; a block needs few
-registers. Arithmetic decoding and encoding (`dynamic`) keep tables out of it.
+magnitude over its threads and writes everything back, to new arrays (these kernels take
+no aliases). Many warpgroups share a processor, so that one computes while others wait
+for memory; a block needs few registers. Arithmetic decoding and encoding (`dynamic`)
+keep tables out of it.
 
-Sizes that are no multiple of 256 are refused.
+Sizes that are no multiple of 4 blocks are refused.
 """
 
 import functools
@@ -60,6 +60,9 @@ def _run(name, p, g, state, hyper, *, config=None, interpret=False):
         grid=(blocks // RUN,),
         grid_names=("run",),
         out_type=shapes,
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
         **({"interpret": interpret} if interpret else {}),
     )
     new = call(*operands)

@@ -17,7 +17,7 @@ import numpy as np
 from ..weights import FLOAT_SCALES, KINDS, KernelError, Weight, WeightSpec
 from . import reference, xla
 
-BACKENDS = ("xla", "tpu", "reference")
+BACKENDS = ("xla", "tpu", "gpu", "reference")
 _NAME = "encode"
 _WIDTHS = {"e2m1": (4,), "e4m3": (8,), "e5m2": (8,)}
 
@@ -51,7 +51,7 @@ def encode(
       table: the values of "table" codes, a concrete array `[2**bits]`.
       scale: float `[*layers, groups, n]`, positive; default the rule above.
       across: columns that share a scale, for tiles of `group` x `across`.
-      backend: "xla" (also for GPUs, where XLA fuses it), "tpu" or "reference".
+      backend: "xla", "tpu", "gpu" or "reference".
       config: the backend's tiles; default its tuned table.
       interpret: run the kernel's interpreter: True or the backend's parameters.
 

@@ -13,6 +13,10 @@ LANES = 128
 BYTE_ROWS = 32
 """Rows of a tile of bytes on TPU: what is stored at once is a multiple."""
 TILE_BYTES = 2 << 20
+GPU_COLUMNS = 128
+"""Columns of a GPU program: one per thread of a warpgroup."""
+GPU_ROWS = 128
+"""Rows that a GPU program holds in registers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,4 +69,18 @@ def tpu_obstacle(spec: WeightSpec, w_dtype: Any) -> str | None:
         return f"groups of {spec.group} are no multiple of {8 * unit} rows"
     if spec.groups > 1 and math.lcm(slab_rows(spec), spec.group) > 4096:
         return f"groups of {spec.group} make tiles of more than 4096 rows"
+    return None
+
+
+def gpu_obstacle(spec: WeightSpec, w_dtype: Any) -> str | None:
+    """Why the GPU kernel cannot encode a weight; None when it can."""
+    if jnp.dtype(w_dtype).name not in ("float32", "bfloat16"):
+        return f"{jnp.dtype(w_dtype).name} weights are not written"
+    group, unit = min(spec.group, spec.k), unit_rows(spec.bits)
+    if group % unit:
+        return f"groups of {group} cut packing units of {unit} rows"
+    if spec.k % group:
+        return f"{spec.k} rows leave a short group of {group}"
+    if spec.n < GPU_COLUMNS:
+        return f"{spec.n} columns are less than the {GPU_COLUMNS} threads of a program"
     return None

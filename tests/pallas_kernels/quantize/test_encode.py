@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import export
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from qjax.formats import FP4, FP8, NF4, Int
@@ -16,13 +18,19 @@ from qjax.methods.array import _quantize
 from qjax.pallas_kernels.quantize import api, reference, rules, specs, tpu, xla
 from qjax.pallas_kernels.weights import WeightSpec
 
-from .suite import EncodeSuite, make_spec, random_weight, refusal
+from .suite import TABLES, EncodeSuite, equal_bytes, make_spec, random_weight, refusal
+
+
+def pytest_generate_tests(metafunc):
+    """Runs each backend's formats."""
+    if metafunc.function.__name__ == "test_equals_the_reference":
+        metafunc.parametrize("name", metafunc.cls.formats)
 
 
 class TestXla(EncodeSuite):
     backend = "xla"
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=15, deadline=None)
     @given(
         bits=st.integers(1, 8),
         group=st.integers(1, 40),
@@ -45,20 +53,20 @@ class TestXla(EncodeSuite):
 
 
 class TestTpu(EncodeSuite):
+    """A format for each way of packing, rounding and finding scales."""
+
     backend = "tpu"
     interpret = pltpu.InterpretParams(detect_races=True)
+    formats = (
+        *("int1-g64", "int3-g64", "int4-g128", "int4-g0", "int8-g32"),
+        *("nf44-g64", "e2m14-g32", "e4m38-g128"),
+    )
 
-    @pytest.mark.parametrize("n", [128, 300])
-    def test_many_tiles(self, n):
-        spec = make_spec("int", 4, 32, 192, n)
-        config = specs.TpuConfig(64, 128)
-        self.check(random_weight((192, n)), "int", spec)
-        w = random_weight((192, n))
-        got = api.encode(
-            w, spec, backend="tpu", config=config, interpret=self.interpret
-        )
-        want = api.encode(w, spec, backend="reference")
-        np.testing.assert_array_equal(np.asarray(got.codes), np.asarray(want.codes))
+    def test_many_tiles(self):
+        spec = make_spec("int", 4, 32, 192, 300)
+        w, config = random_weight((192, 300)), specs.TpuConfig(64, 128)
+        got = self.encode(w, spec, config=config)
+        equal_bytes(got, api.encode(w, spec, backend="reference"))
 
     def test_refuses_with_reasons(self):
         w = random_weight((96, 8))
@@ -68,6 +76,58 @@ class TestTpu(EncodeSuite):
         assert "float16" in refusal(w.astype(jnp.float16), half, backend="tpu")
         short = make_spec("int", 4, 0, 95, 8)
         assert "packing unit" in refusal(w[:95], short, backend="tpu")
+
+
+if hasattr(plgpu, "InterpretGPUParams"):  # not in jax 0.10
+
+    class TestGpu(EncodeSuite):
+        """Ragged columns are written twice, which is a race of equal bytes."""
+
+        backend = "gpu"
+        interpret = plgpu.InterpretGPUParams()  # pyright: ignore
+        formats = TestTpu.formats
+
+        def test_many_programs(self):
+            """Without ragged columns nothing is written twice."""
+            spec = make_spec("int", 4, 32, 64, 256)
+            w = random_weight((64, 256))
+            races = plgpu.InterpretGPUParams(detect_races=True)  # pyright: ignore
+            got = api.encode(w, spec, backend="gpu", interpret=races)
+            equal_bytes(got, api.encode(w, spec, backend="reference"))
+
+        def test_ragged_rows(self):
+            """A column of 160 rows: two programs that share 96."""
+            spec = make_spec("int", 8, 0, 160, 130)
+            self.check(random_weight((160, 130)), "int", spec)
+
+
+@pytest.mark.parametrize(
+    "kind,bits,group",
+    [("int", 3, 64), ("int", 4, 128), ("int", 8, 0), ("nf4", 4, 32), ("e4m3", 8, 32)],
+)
+def test_gpu_kernel_lowers(kind, bits, group):
+    """Layouts and operations of the kernel; no GPU is needed to lower it."""
+    spec = make_spec(kind, bits, group, 256, 200)
+    run = functools.partial(
+        api.encode, spec=spec, table=TABLES.get(kind), backend="gpu"
+    )
+    unchecked = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    exported = export.export(
+        jax.jit(run), platforms=["cuda"], disabled_checks=unchecked
+    )(jax.ShapeDtypeStruct((2, 256, 200), jnp.bfloat16))
+    assert "mosaic_gpu" in exported.mlir_module()
+
+
+def test_gpu_refuses_with_reasons():
+    w = random_weight((96, 128))
+    spec = make_spec("int", 4, 32, 96, 128)
+    assert "float16" in refusal(w.astype(jnp.float16), spec, backend="gpu")
+    odd = make_spec("int", 4, 3, 96, 128)
+    assert "packing units" in refusal(w, odd, backend="gpu")
+    short = make_spec("int", 4, 64, 96, 128)
+    assert "short group" in refusal(w, short, backend="gpu")
+    narrow = make_spec("int", 4, 32, 96, 100)
+    assert "100 columns" in refusal(w[:, :100], narrow, backend="gpu")
 
 
 # What `qjax.quantize` did before it called the encoders is in the golden tests; this
@@ -102,9 +162,7 @@ def test_equals_the_general_way(fmt, module, monkeypatch):
         spec = make_spec(kind, bits, group, k, n)
     table = fmt.table if kind != "int" else None
     got = jax.jit(lambda w: module.encode(w, spec, table=table))(w)
-    for a, b in ((got.codes, q.codes), (got.scale, q.scale)):
-        a, b = np.asarray(a), np.asarray(b)
-        np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+    equal_bytes((got.codes, got.scale), (q.codes, q.scale))
 
 
 @pytest.mark.parametrize(
@@ -127,9 +185,7 @@ def test_quantize_is_the_same_with_and_without(fmt, rule, monkeypatch):
     monkeypatch.setattr("qjax.methods.rtn.fused_codes", lambda *_: None)
     monkeypatch.setattr("qjax.methods.rtn.group_absmax", lambda *_: None)
     general = jax.jit(lambda w: method(w, fmt))(w)
-    for a, b in zip(jax.tree.leaves(fused), jax.tree.leaves(general), strict=True):
-        a, b = np.asarray(a), np.asarray(b)
-        np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+    equal_bytes(fused, general)
 
 
 @pytest.mark.parametrize("kind,dtype", rules.FLOAT8.items())
