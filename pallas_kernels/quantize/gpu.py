@@ -2,14 +2,14 @@
 
 A thread has one column. It reads its rows of a group, one coalesced load per row of the
 warpgroup, and keeps them in registers: their largest magnitude, the scale, the codes
-and the bytes follow without another thread, without shared memory and without reading
-the weight again. Rows that share a byte are registers of the same thread, so packing is
-shifts and ors. Loads of a group do not wait for each other, and several warpgroups
-share a processor.
+and the bytes follow without another thread and without shared memory. Rows that share a
+byte are registers of the same thread, so packing is shifts and ors. Loads do not wait
+for each other, and several warpgroups share a processor. Where registers do not hold a
+group it is read twice, the second time from the cache.
 
-Scales of groups of more than 128 rows are found by XLA beforehand (a read of the weight
-more); their rows are encoded 128 at a time. The last columns and rows of a matrix are
-encoded by programs that reach back into what others write too, with the same bytes.
+Scales of groups of more than 256 rows are found by XLA beforehand (a read of the weight
+more). The last columns of a matrix and the last rows of a group are encoded by programs
+that reach back into what others write too, with the same bytes.
 """
 
 import functools
@@ -32,14 +32,14 @@ from .rules import (
     stored_dtype,
     unit_rows,
 )
-from .specs import GPU_COLUMNS, GPU_ROWS, gpu_obstacle
+from .specs import GPU_COLUMNS, GPU_GROUP, gpu_chunks, gpu_obstacle, gpu_rows
 
 obstacle = gpu_obstacle
 
 
 def finds_scales(spec: WeightSpec) -> bool:
-    """Whether `encode` finds the scales itself: registers hold a group."""
-    return min(spec.group, spec.k) <= GPU_ROWS
+    """Whether `encode` finds the scales itself: a cache holds the groups."""
+    return min(spec.group, spec.k) <= GPU_GROUP
 
 
 def encode(
@@ -57,8 +57,7 @@ def encode(
     *lead, k, n = w.shape
     own = scale is None
     matrices = w.size // (k * n)
-    group = min(spec.group, k)
-    chunks = -(-group // GPU_ROWS)
+    chunks = 1 if own else gpu_chunks(spec)
     operands = [w.reshape(-1, n)]
     shapes = [jax.ShapeDtypeStruct((matrices * spec.packed_k, n), jnp.uint8)]
     scales = jax.ShapeDtypeStruct((matrices * spec.groups, n), jnp.float32)
@@ -66,7 +65,7 @@ def encode(
         shapes.append(scales)
     else:
         operands.append(scale.reshape(scales.shape))
-    body = functools.partial(_kernel, spec, table, own, chunks)
+    body = functools.partial(_kernel, spec, table, own)
     codes, *found = plgpu.kernel(
         lambda *refs: body(*(lax.axis_index(a) for a in _AXES), *refs),
         grid=(-(-n // GPU_COLUMNS), chunks, scales.shape[0]),
@@ -87,27 +86,53 @@ def encode(
 _AXES = ("columns", "chunk", "group")
 
 
-def _kernel(spec, table, own, chunks, column, chunk, group, w_ref, *refs):
-    """Encodes the rows of a chunk of a group."""
+def _kernel(spec, table, own, column, chunk, group, w_ref, *refs):
+    """Finds the scales of a group and encodes it; given scales: encodes a chunk."""
     codes_ref, scale_ref = refs if own else reversed(refs)
-    size, unit = min(spec.group, spec.k), unit_rows(spec.bits)
-    rows = min(size, GPU_ROWS)
+    size, rows, chunks = min(spec.group, spec.k), gpu_rows(spec), gpu_chunks(spec)
     first = column * GPU_COLUMNS
     if spec.n % GPU_COLUMNS:
         first = jnp.minimum(first, spec.n - GPU_COLUMNS)
     columns = pl.ds(first, GPU_COLUMNS)
-    start = 0 if chunks == 1 else jnp.minimum(chunk * rows, size - rows)
-    row = group * size + start
-    block = [finite(w_ref[row + i, columns]) for i in range(rows)]
-    if own:
-        scale = scale_of(functools.reduce(jnp.maximum, map(jnp.abs, block)), spec)
-        scale_ref[group, columns] = scale
+
+    def load(c):
+        start = 0 if chunks == 1 else jnp.minimum(c * rows, size - rows)
+        row = group * size + start
+        return row, [finite(w_ref[row + i, columns]) for i in range(rows)]
+
+    def absmax(block):
+        return functools.reduce(jnp.maximum, map(jnp.abs, block))
+
+    def again(c, _):
+        _store(
+            spec, table, own, codes_ref, columns, *load(c), scale_ref[group, columns]
+        )
+        return 0
+
+    if not own:
+        again(chunk, 0)
+        return
+    row, block = load(0)
+    top = absmax(block)
+    if chunks > 1:
+        top = lax.fori_loop(
+            1, chunks, lambda c, top: jnp.maximum(top, absmax(load(c)[1])), top
+        )
+    scale = scale_of(top, spec)
+    scale_ref[group, columns] = scale
+    if chunks == 1:
+        _store(spec, table, own, codes_ref, columns, row, block, scale)
     else:
-        scale = scale_ref[group, columns]
+        lax.fori_loop(0, chunks, again, 0)
+
+
+def _store(spec, table, own, codes_ref, columns, row, block, scale):
+    """Encodes, packs and writes rows from `row` on that share their scales."""
+    unit = unit_rows(spec.bits)
     by_table = own and spec.kind == "table"
     each = multiplier(scale) if by_table else scale
-    byte = (row // unit) * (unit * spec.bits // 8)
-    for u in range(0, rows, unit):
+    byte = row // unit * (unit * spec.bits // 8)
+    for u in range(0, len(block), unit):
         units = [x * each if by_table else x / each for x in block[u : u + unit]]
         codes = [encode_values(x, spec, table) for x in units]
         packed = codes if spec.bits == 8 else pack_rows(codes, spec.bits)

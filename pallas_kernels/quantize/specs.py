@@ -15,8 +15,8 @@ BYTE_ROWS = 32
 TILE_BYTES = 2 << 20
 GPU_COLUMNS = 128
 """Columns of a GPU program: one per thread of a warpgroup."""
-GPU_ROWS = 128
-"""Rows that a GPU program holds in registers."""
+GPU_GROUP = 256
+"""Longest group whose scales the GPU kernel finds: caches hold those in progress."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,16 @@ def tpu_obstacle(spec: WeightSpec, w_dtype: Any) -> str | None:
     if spec.groups > 1 and math.lcm(slab_rows(spec), spec.group) > 4096:
         return f"groups of {spec.group} make tiles of more than 4096 rows"
     return None
+
+
+def gpu_rows(spec: WeightSpec) -> int:
+    """Rows that a GPU program holds in registers; 8-bit codes need more beside."""
+    return min(spec.group, spec.k, 64 if spec.bits == 8 else 128)
+
+
+def gpu_chunks(spec: WeightSpec) -> int:
+    """Runs of `gpu_rows` that cover a group."""
+    return -(-min(spec.group, spec.k) // gpu_rows(spec))
 
 
 def gpu_obstacle(spec: WeightSpec, w_dtype: Any) -> str | None:

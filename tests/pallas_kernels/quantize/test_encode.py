@@ -95,10 +95,11 @@ if hasattr(plgpu, "InterpretGPUParams"):  # not in jax 0.10
             got = api.encode(w, spec, backend="gpu", interpret=races)
             equal_bytes(got, api.encode(w, spec, backend="reference"))
 
-        def test_ragged_rows(self):
-            """A column of 160 rows: two programs that share 96."""
-            spec = make_spec("int", 8, 0, 160, 130)
-            self.check(random_weight((160, 130)), "int", spec)
+        @pytest.mark.parametrize("k", [160, 320])
+        def test_ragged_rows(self, k):
+            """Three or five runs of 64 rows share some; scales: found, and given."""
+            spec = make_spec("int", 8, 0, k, 130)
+            self.check(random_weight((k, 130)), "int", spec)
 
 
 @pytest.mark.parametrize(
