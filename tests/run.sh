@@ -6,9 +6,10 @@
 #
 # Needs Python >= 3.11 and a package index; set PYTHON to choose the interpreter.
 # The environment, .venv-test, is built on the first run and again when
-# pyproject.toml changes. --peers adds PyTorch and the other libraries to it. Where the
-# default index serves PyTorch with CUDA and that is unwelcome, set PIP_INDEX_URL or
-# PIP_EXTRA_INDEX_URL to an index of CPU builds first.
+# pyproject.toml changes; the CPU kernels when their source does. --peers adds PyTorch
+# and the other libraries to it. Where the default index serves PyTorch with CUDA and
+# that is unwelcome, set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL to an index of CPU builds
+# first.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -37,6 +38,13 @@ if [[ ! -x "$bin/python" || "$(cat "$venv/stamp" 2>/dev/null)" != "$stamp" ]]; t
     "$bin/pip" install --quiet --upgrade 'pip>=25.1'
     "$bin/pip" install --quiet --editable '.[test,plot]' --group dev
     printf '%s\n' "$stamp" >"$venv/stamp"
+fi
+
+# An editable install builds the CPU kernels once; later changes of their source must too.
+sources="$(cat setup.py pallas_kernels/native/*.{cc,h} | cksum)"
+if [[ "$(cat "$venv/stamp-native" 2>/dev/null)" != "$sources" ]]; then
+    "$bin/python" setup.py --quiet build_ext --inplace
+    printf '%s\n' "$sources" >"$venv/stamp-native"
 fi
 
 workers="${QJAX_TEST_WORKERS:-2}"
