@@ -34,17 +34,19 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1
 # A kernel that hangs must not take the report with it: operations run one by one, each
 # in a process of its own with a share of the time.
 status=0
+# What an operation may take, in percent; what it leaves goes to those after it.
+shares=(quantize 5 optimizer 5 attention 15 grouped_matmul 15 matmul_a8 20 matmul 40)
+left=100
 start=$SECONDS
-files=(benchmarks/cases_*.py)
-left=${#files[@]}
-for file in "${files[@]}"; do
-    name="$(basename "$file" .py)"
-    share=$(((seconds - (SECONDS - start)) / left))
-    left=$((left - 1))
-    timeout --signal=KILL $((share + 15)) "$python" benchmarks/kernels.py \
-        --backend gpu --operation "$name" --seconds "$share" \
-        --json "$folder/kernels-${name#cases_}.json" 2>&1 |
-        tee "$folder/kernels-${name#cases_}.log"
+for ((i = 0; i < ${#shares[@]}; i += 2)); do
+    name=${shares[i]}
+    seconds_left=$((seconds - (SECONDS - start)))
+    share=$((seconds_left * shares[i + 1] / left))
+    left=$((left - shares[i + 1]))
+    timeout --signal=KILL $((share + 20)) "$python" benchmarks/kernels.py \
+        --backend gpu --operation "cases_$name" --seconds "$share" \
+        --json "$folder/kernels-$name.json" 2>&1 |
+        tee "$folder/kernels-$name.log"
     code=${PIPESTATUS[0]}
     if [[ $code -ne 0 ]]; then
         echo "benchmarks/gpu.sh: $name ended with status $code" >&2
