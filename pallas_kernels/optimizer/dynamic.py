@@ -126,9 +126,9 @@ def _bounds(signed: bool) -> tuple[float, ...]:
     for i in range(7):
         cells = first * 2**i
         edges = [float(np.float32(x)) for x in np.linspace(0.1, 1, cells + 1)]
-        centres = np.float32([(a + b) / 2 for a, b in itertools.pairwise(edges)])
-        firsts.append(np.float32(_POWERS[i]) * centres[0])
-        lasts.append(np.float32(_POWERS[i]) * centres[-1])
+        centres = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
+        firsts.append(np.float32(_POWERS[i]) * np.float32(centres[0]))
+        lasts.append(np.float32(_POWERS[i]) * np.float32(centres[-1]))
     firsts.append(np.float32(1.0))
     pairs = zip(lasts, firsts, strict=True)
     return tuple(float((a + b) * np.float32(0.5)) for a, b in pairs)

@@ -54,16 +54,20 @@ def _run(name, p, g, state, hyper, *, config=None, interpret=False):
     flat = [x.reshape(-1) for x in (p, *state)]
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat]
     operands = (hyper, g.reshape(-1), *flat)
-    body = functools.partial(_kernel, name)
+
+    def body(*refs):
+        _kernel(name, lax.axis_index("run"), *refs)
+
+    body.__name__ = name  # what profiles show
     call = plgpu.kernel(
-        lambda *refs: body(lax.axis_index("run"), *refs),
+        body,
         grid=(blocks // RUN,),
         grid_names=("run",),
         out_type=shapes,
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-        **({"interpret": interpret} if interpret else {}),
+        interpret=interpret or None,
     )
     new = call(*operands)
     return tuple(x.reshape(y.shape) for x, y in zip(new, (p, *state), strict=True))
@@ -82,8 +86,8 @@ def _kernel(name, run, hyper_ref, g_ref, p_ref, *refs):
             codes = olds[2 * i][at].astype(jnp.int32)
             values = dynamic.decode(codes, signed=i == 0)
             moments.append(values * olds[2 * i + 1][block])
-        step = functools.partial(update.adamw, root=_root)
-        step = step if name == "adamw8" else update.lion
+        adamw = functools.partial(update.adamw, root=_root)
+        step: Any = adamw if name == "adamw8" else update.lion
         p, g = (ref[at].astype(jnp.float32) for ref in (p_ref, g_ref))
         p, *moments = step(p, g, *moments, hyper)
         p_out[at] = p.astype(p_out.dtype)

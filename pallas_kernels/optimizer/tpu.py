@@ -101,7 +101,7 @@ def _kernel(name, count, hyper_ref, table_ref, g_ref, p_ref, *refs):
                 _load(codes[at], absmax, here, table_ref[2 * i : 2 * i + 2, :])
                 for i, (codes, absmax) in enumerate(zip(olds[::2], old, strict=True))
             ]
-            step = update.adamw if name == "adamw8" else update.lion
+            step: Any = update.adamw if name == "adamw8" else update.lion
             p, *moments = step(_wide(p_ref[at]), _wide(g_ref[at]), *moments, hyper)
             p_out[at] = p.astype(p_out.dtype)
             for i, moment in enumerate(moments):

@@ -65,16 +65,19 @@ def encode(
         shapes.append(scales)
     else:
         operands.append(scale.reshape(scales.shape))
-    body = functools.partial(_kernel, spec, table, own)
+
+    def encode_weight(*refs):
+        _kernel(spec, table, own, *map(lax.axis_index, _AXES), *refs)
+
     codes, *found = plgpu.kernel(
-        lambda *refs: body(*(lax.axis_index(a) for a in _AXES), *refs),
+        encode_weight,
         grid=(-(-n // GPU_COLUMNS), chunks, scales.shape[0]),
         grid_names=_AXES,
         out_type=shapes,
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-        **({"interpret": interpret} if interpret else {}),
+        interpret=interpret or None,
     )(*operands)
     codes = codes.reshape(*lead, spec.packed_k, n)
     if stored_dtype(spec) != jnp.uint8:

@@ -137,7 +137,7 @@ class UpdateSuite:
         assert np.isfinite(np.asarray(api.moment(new.m, signed=True))).all()
 
     @settings(
-        max_examples=4,
+        max_examples=3,
         deadline=None,
         suppress_health_check=[HealthCheck.differing_executors],
     )
