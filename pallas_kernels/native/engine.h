@@ -1,6 +1,7 @@
 // The products, written once over the primitives of lanes.h and included once per
 // instruction set. Both engines decode a panel (one block of W by one strip of columns)
-// into the first-level cache and multiply it by all rows of x:
+// into the first-level cache and multiply it by all rows of x; integer dot products leave
+// execution units free, so the first rows of x are multiplied while a panel is decoded:
 //
 // * integer: panel of bytes, four neighbouring rows of W per dword; x is fixed point,
 //   x ~ step * (256 high + low) with step = absmax of the block / 32512, or int8 rows
@@ -89,27 +90,19 @@ INLINE void load_units(const uint8_t* p, int64_t stride, int64_t left, B turn,
   }
 }
 
-template <int BITS, int... J>
-INLINE void store_codes(const B* rows, uint8_t* panel, std::integer_sequence<int, J...>) {
-  UNROLL for (int t = 0; t < 4; ++t) {
-    (store(panel + (J * 4 + t) * W, code<BITS, J, true>(rows + t, 4)), ...);
-  }
-}
+// Lines to ask memory for: of some rows, `kSpan` bytes each. A product asks for `rate` of
+// them per dword of x and not for all at once, or it would wait for free miss buffers.
+constexpr int64_t kSpan = 512;
 
-// Byte rows at `p`, `stride` apart, to a panel [dwords][4][W].
-template <int BITS>
-static void decode_codes(const uint8_t* p, int64_t stride, int64_t units, int flip,
-                         uint8_t* panel) {
-  constexpr int R = Unit<BITS>::kRows, PER = Unit<BITS>::kPer;
-  const B turn = bset(flip);
-  B rows[R][4];
-  for (; units >= 4; units -= 4, p += 4 * R * stride, panel += PER * 4 * W) {
-    load_units<BITS>(p, stride, 4, turn, rows);
-    store_codes<BITS>(rows[0], panel, std::make_integer_sequence<int, PER>());
-  }
-  if (units > 0) {
-    load_units<BITS>(p, stride, units, turn, rows);
-    store_codes<BITS>(rows[0], panel, std::make_integer_sequence<int, PER>());
+struct Ahead {
+  const uint8_t* p;
+  int64_t stride, lines, rate;
+};
+
+INLINE void ask(Ahead& a, int64_t count) {
+  for (; count > 0 && a.lines > 0; --count) {
+    PREFETCH(a.p);
+    a.p += --a.lines % (kSpan / 64) ? 64 : a.stride - (kSpan - 64);
   }
 }
 
@@ -170,35 +163,42 @@ INLINE void clear(F (*acc)[4]) {
 
 // Adds a panel times MR rows of quantized x to y [MR][4 L].
 template <int BITS, int H, int MR>
-static void multiply_codes(const uint8_t* panel, int64_t dwords, const Factors& f,
-                           const F* s, const F* z, float* y, int64_t y_stride) {
+static void multiply_codes(const uint8_t* panel, int64_t dwords, Ahead& ahead,
+                           const Factors& f, const F* s, const F* z, float* y,
+                           int64_t y_stride) {
   I acc[MR][H][4];
   clear<H, MR>(acc);
   const int32_t* x = f.x;
   for (; dwords > 0; --dwords, panel += 4 * W, x += H) {
+    ask(ahead, ahead.rate);
     I w[4] = {iload(panel), iload(panel + W), iload(panel + 2 * W), iload(panel + 3 * W)};
     add_dots<BITS, H, MR>(acc, w, x, f.x_stride);
   }
   add_sums<H, MR>(acc, f, s, z, y, y_stride);
 }
 
-template <int BITS, int H, int MR, int... J>
+template <int BITS, int H, int MR, bool KEEP, int... J>
 INLINE void dot_units(const B* rows, const int32_t* x, int64_t x_stride, I (*acc)[H][4],
-                      std::integer_sequence<int, J...>) {
+                      uint8_t* panel, std::integer_sequence<int, J...>) {
   auto one = [&](auto j) INLINE_LAMBDA {
     constexpr int at = decltype(j)::value;
     I w[4];
-    UNROLL for (int t = 0; t < 4; ++t) w[t] = as_dwords(code<BITS, at, true>(rows + t, 4));
+    UNROLL for (int t = 0; t < 4; ++t) {
+      B v = code<BITS, at, true>(rows + t, 4);
+      if constexpr (KEEP) store(panel + (at * 4 + t) * W, v);
+      w[t] = as_dwords(v);
+    }
     add_dots<BITS, H, MR>(acc, w, x + at * H, x_stride);
   };
   (one(std::integral_constant<int, J>()), ...);
 }
 
-// The same straight from byte rows, without a panel: for few rows of x.
-template <int BITS, int H, int MR>
+// The same straight from byte rows at `p`, `stride` apart, for the first rows of x. With
+// KEEP the codes are left as a panel [dwords][4][W] for the other rows.
+template <int BITS, int H, int MR, bool KEEP>
 static void multiply_packed(const uint8_t* p, int64_t stride, int64_t units, int flip,
-                            const Factors& f, const F* s, const F* z, float* y,
-                            int64_t y_stride) {
+                            Ahead& ahead, const Factors& f, const F* s, const F* z,
+                            uint8_t* panel, float* y, int64_t y_stride) {
   constexpr int R = Unit<BITS>::kRows, PER = Unit<BITS>::kPer;
   constexpr auto each = std::make_integer_sequence<int, PER>();
   const B turn = bset(flip);
@@ -206,13 +206,10 @@ static void multiply_packed(const uint8_t* p, int64_t stride, int64_t units, int
   clear<H, MR>(acc);
   B rows[R][4];
   const int32_t* x = f.x;
-  for (; units >= 4; units -= 4, p += 4 * R * stride, x += PER * H) {
-    load_units<BITS>(p, stride, 4, turn, rows);
-    dot_units<BITS, H, MR>(rows[0], x, f.x_stride, acc, each);
-  }
-  if (units > 0) {
+  for (; units > 0; units -= 4, p += 4 * R * stride, x += PER * H, panel += PER * 4 * W) {
+    ask(ahead, PER * ahead.rate);
     load_units<BITS>(p, stride, units, turn, rows);
-    dot_units<BITS, H, MR>(rows[0], x, f.x_stride, acc, each);
+    dot_units<BITS, H, MR, KEEP>(rows[0], x, f.x_stride, acc, panel, each);
   }
   add_sums<H, MR>(acc, f, s, z, y, y_stride);
 }
@@ -333,11 +330,11 @@ static void multiply_values(const float* panel, int64_t rows, const float* x,
   }
 }
 
-using DecodeCodes = void (*)(const uint8_t*, int64_t, int64_t, int, uint8_t*);
-using MultiplyCodes = void (*)(const uint8_t*, int64_t, const Factors&, const F*,
-                               const F*, float*, int64_t);
-using MultiplyPacked = void (*)(const uint8_t*, int64_t, int64_t, int, const Factors&,
-                                const F*, const F*, float*, int64_t);
+using MultiplyCodes = void (*)(const uint8_t*, int64_t, Ahead&, const Factors&,
+                               const F*, const F*, float*, int64_t);
+using MultiplyPacked = void (*)(const uint8_t*, int64_t, int64_t, int, Ahead&,
+                                const Factors&, const F*, const F*, uint8_t*, float*,
+                                int64_t);
 using DecodeValues = void (*)(const uint8_t*, int64_t, int64_t, const Call&, float*);
 using DotValues = void (*)(const uint8_t*, int64_t, int64_t, const Call&, const float*,
                            const float*, const F*, const F*, float*);
@@ -345,28 +342,32 @@ using MultiplyValues = void (*)(const float*, int64_t, const float*, int64_t,
                                 const float*, int64_t, const F*, const F*, float*,
                                 int64_t);
 
-static DecodeCodes codes_decoder(int bits) {
-  constexpr DecodeCodes all[] = {decode_codes<1>, decode_codes<2>, decode_codes<3>,
-                                 decode_codes<4>, decode_codes<5>, decode_codes<6>,
-                                 decode_codes<7>, decode_codes<8>};
-  return all[bits - 1];
-}
-
-template <int H>
-static MultiplyPacked packed_multiplier(int bits) {
-  constexpr MultiplyPacked all[] = {
-      multiply_packed<1, H, 1>, multiply_packed<2, H, 1>, multiply_packed<3, H, 1>,
-      multiply_packed<4, H, 1>, multiply_packed<5, H, 1>, multiply_packed<6, H, 1>,
-      multiply_packed<7, H, 1>, multiply_packed<8, H, 1>};
-  return all[bits - 1];
-}
-
 // Rows of x that are multiplied at once, as many as there are registers for sums.
 template <int H>
 constexpr int kTile = H == 2 ? (kRows + 1) / 2 : kRows;
 
+// The same where codes are unpacked on the way.
+template <int H>
+constexpr int kFirst = kTile<H> < 2 ? 1 : 2;
+
 template <int N, int MOST>
 constexpr int kAtMost = N < MOST ? N : MOST;
+
+template <int H, int MR, bool KEEP>
+static MultiplyPacked packed_multiplier(int bits) {
+  constexpr MultiplyPacked all[] = {
+      multiply_packed<1, H, MR, KEEP>, multiply_packed<2, H, MR, KEEP>,
+      multiply_packed<3, H, MR, KEEP>, multiply_packed<4, H, MR, KEEP>,
+      multiply_packed<5, H, MR, KEEP>, multiply_packed<6, H, MR, KEEP>,
+      multiply_packed<7, H, MR, KEEP>, multiply_packed<8, H, MR, KEEP>};
+  return all[bits - 1];
+}
+
+template <int H>
+static MultiplyPacked packed_multiplier(int bits, bool one) {
+  return one ? packed_multiplier<H, 1, false>(bits)
+             : packed_multiplier<H, kFirst<H>, true>(bits);
+}
 
 template <int BITS, int H>
 static MultiplyCodes codes_multiplier(int rows) {
@@ -480,15 +481,14 @@ static Strip strip_of(const Call& c, const Block& block, int64_t column, int64_t
   return {edge, W};
 }
 
-// Asks for what `forward` reads `kSpan` bytes of a row later: one strip of several asks
-// for whole spans of some of the rows, because memory likes neighbouring lines at once.
-// Inlined, or GCC takes it for a function without effect.
-INLINE void ask_ahead(const Call& c, size_t b, int64_t column, int64_t c0, int64_t c1) {
-  constexpr int64_t kSpan = 512, kStrips = kSpan / W;
+// What `forward` reads `kSpan` bytes of a row later: one strip of several asks for whole
+// spans of some of the rows, because memory likes neighbouring lines at once.
+INLINE Ahead ahead_of(const Call& c, size_t b, int64_t column, int64_t c0, int64_t c1) {
+  constexpr int64_t kStrips = kSpan / W;
   const int64_t in_span = (column - c0) % kSpan;
   int64_t next = column - in_span + kSpan;
   if (next >= c1) {
-    if (++b == c.blocks.size()) return;
+    if (++b == c.blocks.size()) return {nullptr, 0, 0, 0};
     next = c0;
   }
   const Block& block = c.blocks[b];
@@ -496,9 +496,7 @@ INLINE void ask_ahead(const Call& c, size_t b, int64_t column, int64_t c0, int64
   const int64_t first = in_span / W * share;
   const int64_t last = first + share < rows ? first + share : rows;
   const uint8_t* p = c.codes + (block.packed + first) * c.n + next;
-  for (int64_t r = first; r < last; ++r, p += c.n) {
-    UNROLL for (int64_t j = 0; j < kSpan; j += 64) PREFETCH(p + j);
-  }
+  return {p, c.n, (last - first) * (kSpan / 64), 0};
 }
 
 static void finish(const Call& c, const float* y, int64_t y_stride, int64_t m0, int64_t m1,
@@ -524,31 +522,33 @@ static void finish(const Call& c, const float* y, int64_t y_stride, int64_t m0, 
 }
 
 // One strip and block of `forward`: y [rows of x][4 L] += x W.
-INLINE void add_strip(const Call& c, const Strip& strip, const Block& block, int64_t m0,
-                      int64_t m1, const F* s, const F* z, uint8_t* panel, float* y,
-                      int64_t y_stride) {
+INLINE void add_strip(const Call& c, const Strip& strip, Ahead ahead, const Block& block,
+                      int64_t m0, int64_t m1, const F* s, const F* z, uint8_t* panel,
+                      float* y, int64_t y_stride) {
   const int64_t blocks = c.blocks.size(), b = &block - c.blocks.data();
   if (c.integer_engine) {
     const int64_t stride = c.xq_stride, first = block.dword * c.halves;
-    const bool few = m1 - m0 == 1;
-    const int tile = few ? 1 : c.halves == 2 ? kTile<2> : kTile<1>;
-    if (!few) {
-      codes_decoder(c.bits)(strip.p, strip.stride, block.units, flip_of(c), panel);
-    }
-    for (int64_t r = m0, n; r < m1; r += n, y += n * y_stride) {
-      n = m1 - r < tile ? m1 - r : tile;
+    const bool one = m1 - m0 == 1;
+    const int tile = c.halves == 2 ? kTile<2> : kTile<1>;
+    int64_t n = one ? 1 : c.halves == 2 ? kFirst<2> : kFirst<1>;
+    const int64_t turns = (1 + (m1 - m0 - n + tile - 1) / tile) * block.dwords;
+    ahead.rate = (ahead.lines + turns - 1) / turns;
+    for (int64_t r = m0; r < m1; r += n, y += n * y_stride) {
+      if (r > m0) n = m1 - r < tile ? m1 - r : tile;
       Factors f = {c.xq + r * stride + first, stride, c.step + r * blocks + b,
                    c.sum + r * blocks + b, blocks};
-      if (few) {
-        auto run = c.halves == 2 ? packed_multiplier<2>(c.bits)
-                                 : packed_multiplier<1>(c.bits);
-        run(strip.p, strip.stride, block.units, flip_of(c), f, s, z, y, y_stride);
+      if (r == m0) {
+        auto run = c.halves == 2 ? packed_multiplier<2>(c.bits, one)
+                                 : packed_multiplier<1>(c.bits, one);
+        run(strip.p, strip.stride, block.units, flip_of(c), ahead, f, s, z, panel, y,
+            y_stride);
       } else {
-        codes_multiplier(c, n)(panel, block.dwords, f, s, z, y, y_stride);
+        codes_multiplier(c, n)(panel, block.dwords, ahead, f, s, z, y, y_stride);
       }
     }
     return;
   }
+  ask(ahead, ahead.lines);
   const ValueCode code = value_code(c);
   const float *x = c.xf + m0 * c.k + block.first, *sum = c.sum + m0 * blocks + b;
   if (m1 - m0 == 1) {
@@ -580,11 +580,11 @@ static void forward(const Call& c, int64_t m0, int64_t m1, int64_t c0, int64_t c
     const Block& block = c.blocks[b];
     for (int64_t column = c0; column < c1; column += W) {
       const int64_t count = c1 - column < W ? c1 - column : W;
-      ask_ahead(c, b, column, c0, c1);
       Strip strip = strip_of(c, block, column, count, edge);
       F s[4], z[4];
       load_scales(c, block.group, column, count, extra, whole, s, z);
-      add_strip(c, strip, block, m0, m1, s, z, panel, y + column - c0, width);
+      add_strip(c, strip, ahead_of(c, b, column, c0, c1), block, m0, m1, s, z, panel,
+                y + column - c0, width);
     }
   }
   finish(c, y, width, m0, m1, c0, c1, whole);
@@ -645,25 +645,34 @@ static void transposed(const Call& c, int64_t m0, int64_t m1, const Block& block
   }
 }
 
-// One block of x in fixed point, bytes in the order of a panel. Returns the sum.
-static int64_t place(const Call& c, const Block& block, const int32_t* q, uint8_t* out) {
-  int64_t total = 0, dword_bytes = 4 * c.halves;
-  for (int64_t u = 0; u < block.units; ++u) {
-    for (int j = 0; j < c.per; ++j) {
-      int64_t i = u * c.per + j;
-      if (i >= block.rows) break;
-      int32_t v = q[i];
-      uint8_t* to = out + (u / 4 * c.per + j) * dword_bytes + u % 4;
-      total += v;
-      if (c.halves == 2) {
-        int32_t high = (v + 128) >> 8;
-        to[0] = static_cast<uint8_t>(high);
-        to[4] = static_cast<uint8_t>(v - high * 256);
-      } else {
-        to[0] = static_cast<uint8_t>(v);
-      }
+// Bytes `[groups][4 units][PER rows]` as dwords `[groups][PER]`, `skip` apart.
+template <int PER>
+static void place(const uint8_t* bytes, int64_t groups, int64_t skip, uint8_t* out) {
+  for (; groups > 0; --groups, bytes += 4 * PER) {
+    UNROLL for (int j = 0; j < PER; ++j, out += skip) {
+      UNROLL for (int u = 0; u < 4; ++u) out[u] = bytes[u * PER + j];
     }
   }
+}
+
+// One block of x in fixed point, bytes in the order of a panel. Returns the sum.
+static int32_t place(const Call& c, const Block& block, int32_t* q, int32_t* to) {
+  uint8_t high[kBlock + 32], low[kBlock + 32];
+  const int64_t count = 4 * block.dwords, skip = 4 * c.halves;
+  for (int64_t i = block.rows; i < count; ++i) q[i] = 0;
+  int32_t total = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    total += q[i];
+    high[i] = static_cast<uint8_t>((q[i] + 128) >> 8);
+    low[i] = static_cast<uint8_t>(q[i]);
+  }
+  auto* out = reinterpret_cast<uint8_t*>(to);
+  auto run = c.per == 1   ? place<1>
+             : c.per == 2 ? place<2>
+             : c.per == 4 ? place<4>
+                          : place<8>;
+  if (c.halves == 2) run(high, block.dwords / c.per, skip, out);
+  run(low, block.dwords / c.per, skip, out + skip - 4);
   return total;
 }
 
@@ -687,7 +696,7 @@ static void quantize(const float* x, int64_t count, float step, float limit, int
 }
 
 static void prepare(const Call& c, float* xf, int64_t row) {
-  thread_local Buffer lines, integers;
+  thread_local Buffer lines;
   int64_t columns = c.columns(), blocks = c.blocks.size();
   const float* x = static_cast<const float*>(c.x.data) + row * columns;
   if (c.x.type != Type::f32) {
@@ -705,9 +714,7 @@ static void prepare(const Call& c, float* xf, int64_t row) {
     }
     return;
   }
-  int32_t* q = integers.get<int32_t>(columns);
-  int32_t* xq = c.xq + row * c.xq_stride;
-  std::memset(xq, 0, c.dwords * c.halves * sizeof(int32_t));
+  int32_t q[kBlock + 32];
   const bool coded = c.x.type == Type::s8;
   float whole = 0;  // step of a row of int8 activations
   if (c.x_scale.type != Type::none) {
@@ -724,7 +731,7 @@ static void prepare(const Call& c, float* xf, int64_t row) {
     quantize(from, block.rows, by, coded ? 128.f : c.halves == 1 ? 127.f : kTop, q);
     // An infinite or undefined activation makes its row undefined.
     if (!(step[b] < INFINITY)) step[b] = NAN;
-    auto* out = reinterpret_cast<uint8_t*>(xq + block.dword * c.halves);
-    sum[b] = float(place(c, block, q, out));
+    int32_t* to = c.xq + row * c.xq_stride + block.dword * c.halves;
+    sum[b] = float(place(c, block, q, to));
   }
 }

@@ -51,6 +51,8 @@ def compare(spec, m, rng, *, transpose=False, dtype="float32", bias=False, **kwa
     )
     limit = limit + np.abs(exact) * 2.0**-7 * (x.dtype != jnp.float32)
     limit = limit + np.abs(exact) * 2.0**-22
+    if x.dtype == jnp.float16:
+        limit = np.where(np.abs(exact) < 65000, limit, np.inf)  # may overflow
     assert np.all(np.abs(np.asarray(y).astype(np.float64) - exact) <= limit)
 
 
