@@ -58,3 +58,15 @@ def platform() -> str:
 def count() -> int:
     """Devices a program may be split over; several for a device that is not there."""
     return jax.device_count() if _TARGET.get() is None else max(jax.device_count(), 2)
+
+
+def hopper_obstacle() -> str | None:
+    """Why the GPU cannot run Hopper kernels; None where there is no GPU."""
+    try:
+        devices = jax.devices("gpu")
+    except RuntimeError:
+        return None
+    capability = str(getattr(devices[0], "compute_capability", "9.0"))
+    if capability.split(".")[0] == "9":
+        return None
+    return f"compute capability {capability}; kernels are for Hopper (9.0)"

@@ -13,10 +13,10 @@ are first choices by the arithmetic below until those that
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from .. import hopper
+from ..device import hopper_obstacle
 from ..weights import WeightSpec
 from . import gpu_layout
 
@@ -152,16 +152,4 @@ def obstacle(spec: WeightSpec, m: int, x_dtype, *, transpose: bool = False):
     shift = 128 if spec.bits == 8 and spec.layout == gpu_layout.TAGS[0] else 0
     if spec.kind == "int" and not hopper.holds(spec.offset - shift, operand):
         return f"offset {spec.offset} is not a {operand}"
-    return device_obstacle()
-
-
-def device_obstacle() -> str | None:
-    """Why the GPU cannot run the kernel; None where there is no GPU (to compile)."""
-    try:
-        devices = jax.devices("gpu")
-    except RuntimeError:
-        return None
-    capability = str(getattr(devices[0], "compute_capability", "9.0"))
-    if capability.split(".")[0] == "9":
-        return None
-    return f"compute capability {capability}; the kernel is for Hopper (9.0)"
+    return hopper_obstacle()

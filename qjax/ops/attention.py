@@ -25,7 +25,6 @@ from qjax.ops.alone import alone_or
 from qjax.ops.blocks import same_variance
 from qjax.pallas_kernels.attention import api, reference, specs
 from qjax.pallas_kernels.attention.reference import KV
-from qjax.pallas_kernels.matmul import gpu_specs
 
 logger = logging.getLogger("qjax.ops")
 
@@ -56,7 +55,7 @@ def choose(platform: str, problem: specs.Problem) -> tuple[str, list[tuple[str, 
     for name in PREFERENCE.get(platform, PREFERENCE["default"]):
         reason = None if name == "xla" else specs.obstacle(name, problem)
         if name == "gpu":
-            reason = reason or gpu_specs.device_obstacle()
+            reason = reason or device.hopper_obstacle()
         if reason is None:
             return name, refused
         refused.append((name, reason))

@@ -175,5 +175,6 @@ def test_kernels_are_lowered_for_the_target():
         jax.ShapeDtypeStruct((2, 1024), jnp.int32),
     )
     with ops.target("TPU v6 lite"):
-        traced = jax.jit(lambda *a: attention.decode_attention(*a)).trace(*shapes)
-    assert "decode_attention_int8" in str(traced.jaxpr)
+        step = jax.jit(lambda *a: attention.decode_attention(*a))
+        lowered = step.trace(*shapes).lower(lowering_platforms=("tpu",))
+    assert "decode_attention_int8" in lowered.as_text()

@@ -57,7 +57,7 @@ def test_every_verb_gives_its_json_keys(tiny, tmp_path, capsys, books_text):
     assert set(made["tensors"][0]) >= {"name", "format", "method", "error"}
     found = run(capsys, "inspect", out)
     assert set(found) >= INSPECT and found["size_bytes"] == made["size_bytes"]
-    assert found["matmul"]["int8-channel"].startswith("cpu: ")
+    assert found["matmul"]["int8-channel"].startswith(("native: ", "cpu: "))
     assert set(found["tensors"][0]) >= {"shape", "bits_per_weight", "nbytes"}
     text = tmp_path / "text.txt"
     text.write_text(books_text[:2000], "utf-8")
@@ -66,7 +66,7 @@ def test_every_verb_gives_its_json_keys(tiny, tmp_path, capsys, books_text):
         *("evaluate", out, "--text", text, "--context", "32", "--windows", "2"),
         *("--baseline", tiny, "--report", tmp_path / "report"),
     )
-    assert set(result) >= EVALUATE and 0 <= result["kl_divergence"] < 0.1
+    assert set(result) >= EVALUATE and -1e-6 < result["kl_divergence"] < 0.1
     assert json.loads((tmp_path / "report" / "report.json").read_text())["results"]
     made = run(capsys, "generate", out, "--prompt", "The sea", "--max-tokens", "4")
     assert set(made) >= GENERATE and len(made["tokens"]) <= 4
