@@ -26,7 +26,7 @@ class TestReference(AttentionSuite):
         )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(
     kind=st.sampled_from(KINDS),
     rotate=st.sampled_from(ROTATE),

@@ -24,7 +24,7 @@ REFUSED = ("int4-g96-asym",)
 EXPERTS, K, N = 6, 256, 512
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 50), min_size=1, max_size=7),
     behind=st.integers(0, 20),

@@ -19,7 +19,7 @@ class TestReference(GroupedSuite):
     shape = (256, 40)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 70), min_size=1, max_size=7),
     behind=st.integers(0, 40),

@@ -233,7 +233,7 @@ class MatmulSuite(FormatSuite):
 
     @given(data=st.data())
     @settings(
-        max_examples=15,
+        max_examples=8,
         deadline=None,
         suppress_health_check=[
             HealthCheck.differing_executors,

@@ -155,7 +155,7 @@ def test_scales_and_zero_points_reach_their_weights(codec, pieces, rng):
     np.testing.assert_array_equal(got, jnp.asarray(wanted, jnp.bfloat16))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     name=st.sampled_from(TAKEN),
     k=st.integers(1, 300),
