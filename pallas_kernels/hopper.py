@@ -22,6 +22,7 @@ Under the interpreter, which knows neither registers nor inline instructions, `f
 decodes the same words with jnp.
 """
 
+import abc
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -453,7 +454,7 @@ def holds(value: float, dtype) -> bool:
     return float(np.asarray(value, jnp.dtype(dtype))) == value
 
 
-class _Machine:
+class _Machine(abc.ABC):
     """Instructions on 32-bit words that hold two 16-bit floats; each is made once."""
 
     def __init__(self, dtype):
@@ -488,25 +489,25 @@ class _Machine:
         """Flips bits."""
         return word ^ self.constant(mask)
 
+    @abc.abstractmethod
     def constant(self, value):
         """A word."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def shift(self, word, by):
         """A word moved `by` bits to the right (left if negative)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def op(self, name, *args):
         """A rounded "add", "sub", "mul" or "fma" of both halves."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def raise_power(self, value, power):
         """`value 2**power`, also of subnormals."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def look_up(self, word, byte):
         """The pair of table entries that a byte stands for."""
-        raise NotImplementedError
 
 
 class _Arrays(_Machine):

@@ -16,7 +16,14 @@ from qjax.wrappers import Transposed
 from .conftest import FORMATS, MATRIX, WRAPPERS, random, weight, wrap
 
 
-def close(got, want, tolerance=1e-4):
+@pytest.fixture(autouse=True)
+def _exact():
+    """Products keep float32 activations, but where a test is about the default."""
+    with jax.default_matmul_precision("float32"):
+        yield
+
+
+def close(got, want, tolerance=2e-5):
     scale = max(float(jnp.max(jnp.abs(want.astype(jnp.float32)))), 1e-6)
     np.testing.assert_allclose(
         np.asarray(got, np.float32),
@@ -179,9 +186,23 @@ def test_shard_map_on_local_shards():
         close(got, jax.grad(lambda x: (reference(x, q) ** 2).sum())(x))
 
 
+@pytest.mark.parametrize("name", [n for n in FORMATS if n.startswith("int")])
+def test_default_activations_have_16_bits(name):
+    """Off by at most `absmax / 65024` per activation, and float32 sums."""
+    q = weight(name)
+    w = jnp.abs(q.dequantize())
+    for rows in (1, 6, 40):
+        x = random((rows, 96), 2)
+        with jax.default_matmul_precision(None):
+            error = jnp.abs(matmul(x, q) - reference(x, q))
+        step = jnp.max(jnp.abs(x), 1, keepdims=True) / 65024
+        assert (error <= (step + 1e-6 * jnp.abs(x)) @ w + 1e-5).all()
+
+
 def test_explain_names_the_backend_and_the_reason():
     q = weight("int4-g32")
-    assert explain((1, 96), q).startswith("native: C++ kernel")
+    with jax.default_matmul_precision(None):
+        assert explain((1, 96), q).startswith("native: C++ kernel")
     with jax.default_matmul_precision("float32"):
         text = explain((1, 96), q)
         assert text.startswith("cpu: decodes rows") and "16 bits" in text
@@ -196,7 +217,8 @@ def test_explain_names_the_backend_and_the_reason():
 
 
 def test_debug_log_says_what_ran(caplog):
-    with caplog.at_level(logging.DEBUG, "qjax.ops"):
+    level = caplog.at_level(logging.DEBUG, "qjax.ops")
+    with level, jax.default_matmul_precision(None):
         matmul(random((1, 96), 2), weight("int5-g32"))
     assert any("int5-g32" in m and ": native on cpu" in m for m in caplog.messages)
 

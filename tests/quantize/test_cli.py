@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from qjax.cli import main
@@ -50,6 +51,7 @@ def run(capsys, *args):
     return json.loads(capsys.readouterr().out)
 
 
+@jax.default_matmul_precision("float32")  # a divergence this small has no noise
 def test_every_verb_gives_its_json_keys(tiny, tmp_path, capsys, books_text):
     out = tmp_path / "out"
     made = run(capsys, "quantize", tiny, "--to", out, "--recipe", "int8")
@@ -66,7 +68,7 @@ def test_every_verb_gives_its_json_keys(tiny, tmp_path, capsys, books_text):
         *("evaluate", out, "--text", text, "--context", "32", "--windows", "2"),
         *("--baseline", tiny, "--report", tmp_path / "report"),
     )
-    assert set(result) >= EVALUATE and -1e-6 < result["kl_divergence"] < 0.1
+    assert set(result) >= EVALUATE and 0 <= result["kl_divergence"] < 0.1
     assert json.loads((tmp_path / "report" / "report.json").read_text())["results"]
     made = run(capsys, "generate", out, "--prompt", "The sea", "--max-tokens", "4")
     assert set(made) >= GENERATE and len(made["tokens"]) <= 4
