@@ -645,35 +645,34 @@ static void transposed(const Call& c, int64_t m0, int64_t m1, const Block& block
   }
 }
 
-// Bytes `[groups][4 units][PER rows]` as dwords `[groups][PER]`, `skip` apart.
-template <int PER>
-static void place(const uint8_t* bytes, int64_t groups, int64_t skip, uint8_t* out) {
-  for (; groups > 0; --groups, bytes += 4 * PER) {
-    UNROLL for (int j = 0; j < PER; ++j, out += skip) {
-      UNROLL for (int u = 0; u < 4; ++u) out[u] = bytes[u * PER + j];
+// Rows `[groups][4 units][PER]` of fixed-point numbers as dwords `[groups][PER][H]` of
+// their bytes, those of the high halves first. Returns the sum.
+template <int PER, int H>
+static int32_t place(const int32_t* q, int64_t groups, int32_t* out) {
+  int32_t total = 0;
+  for (; groups > 0; --groups, q += 4 * PER, out += PER * H) {
+    UNROLL for (int j = 0; j < PER; ++j) {
+      uint32_t high = 0, low = 0;
+      UNROLL for (int u = 0; u < 4; ++u) {
+        const int32_t v = q[u * PER + j];
+        total += v;
+        high |= uint32_t(uint8_t((v + 128) >> 8)) << (8 * u);
+        low |= uint32_t(uint8_t(v)) << (8 * u);
+      }
+      if constexpr (H == 2) out[j * H] = int32_t(high);
+      out[j * H + H - 1] = int32_t(low);
     }
   }
+  return total;
 }
 
-// One block of x in fixed point, bytes in the order of a panel. Returns the sum.
-static int32_t place(const Call& c, const Block& block, int32_t* q, int32_t* to) {
-  uint8_t high[kBlock + 32], low[kBlock + 32];
-  const int64_t count = 4 * block.dwords, skip = 4 * c.halves;
-  for (int64_t i = block.rows; i < count; ++i) q[i] = 0;
-  int32_t total = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    total += q[i];
-    high[i] = static_cast<uint8_t>((q[i] + 128) >> 8);
-    low[i] = static_cast<uint8_t>(q[i]);
-  }
-  auto* out = reinterpret_cast<uint8_t*>(to);
-  auto run = c.per == 1   ? place<1>
-             : c.per == 2 ? place<2>
-             : c.per == 4 ? place<4>
-                          : place<8>;
-  if (c.halves == 2) run(high, block.dwords / c.per, skip, out);
-  run(low, block.dwords / c.per, skip, out + skip - 4);
-  return total;
+template <int H>
+static int32_t place(const Call& c, const int32_t* q, int64_t dwords, int32_t* out) {
+  auto run = c.per == 1   ? place<1, H>
+             : c.per == 2 ? place<2, H>
+             : c.per == 4 ? place<4, H>
+                          : place<8, H>;
+  return run(q, dwords / c.per, out);
 }
 
 static float absmax(const float* x, int64_t count) {
@@ -731,7 +730,9 @@ static void prepare(const Call& c, float* xf, int64_t row) {
     quantize(from, block.rows, by, coded ? 128.f : c.halves == 1 ? 127.f : kTop, q);
     // An infinite or undefined activation makes its row undefined.
     if (!(step[b] < INFINITY)) step[b] = NAN;
+    for (int64_t i = block.rows; i < 4 * block.dwords; ++i) q[i] = 0;
     int32_t* to = c.xq + row * c.xq_stride + block.dword * c.halves;
-    sum[b] = float(place(c, block, q, to));
+    sum[b] = float(c.halves == 2 ? place<2>(c, q, block.dwords, to)
+                                 : place<1>(c, q, block.dwords, to));
   }
 }

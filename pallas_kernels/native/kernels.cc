@@ -4,9 +4,7 @@
 
 #include <atomic>
 #include <cmath>
-#include <functional>
 #include <string>
-#include <thread>
 #include <utility>
 
 #include "call.h"
@@ -20,6 +18,8 @@
 #define XLA_FFI_API_MINOR 3
 #endif
 #include "xla/ffi/api/ffi.h"
+
+#include "team.h"
 
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
@@ -161,39 +161,18 @@ const Engine* best() {
 
 std::atomic<const Engine*> chosen{best()};
 
-// Runs `work(i)` for every i below `count` on the pool and on the calling thread, which
-// is itself one of the pool's: it claims work like the others and never waits for a
-// helper that has not started.
+// Runs `work(i)` for every i below `count` on a team of threads.
 template <typename Work>
 bool parallel(xla::ffi::ThreadPool& pool, int64_t threads, int64_t count,
               const Work& work) {
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
-    std::atomic<bool> failed{false};
-    int64_t count;
-    const Work* work;
-  };
-  auto state = std::make_shared<State>();
-  state->count = count;
-  state->work = &work;
-  auto claim = [state] {
-    for (int64_t i; (i = state->next.fetch_add(1)) < state->count;) {
-      try {
-        (*state->work)(i);
-      } catch (const std::bad_alloc&) {
-        state->failed = true;
-      }
-      state->done.fetch_add(1, std::memory_order_release);
+  return Team::run(pool, threads, count, [&](int64_t i) {
+    try {
+      work(i);
+      return true;
+    } catch (const std::bad_alloc&) {
+      return false;
     }
-  };
-  for (int64_t i = 1; i < threads && i < count; ++i) {
-    pool.Schedule(std::function<void()>(claim));
-  }
-  claim();
-  for (int spins = 0; state->done.load(std::memory_order_acquire) < count; ++spins) {
-    if (spins > 2000) std::this_thread::yield();
-  }
-  return !state->failed;
+  });
 }
 
 // Rows of W per block. Few rows of x wait for memory, which is fastest when few byte rows
