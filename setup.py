@@ -13,7 +13,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 NATIVE = "pallas_kernels/native"
-HEADERS = ("call.h", "convert.h", "engine.h", "lanes.h", "team.h")
+HEADERS = ("call.h", "convert.h", "engine.h", "lanes.h", "team.h", "tiles.h")
 
 
 def include_dir():

@@ -4,8 +4,9 @@ Decides whether the extension that `setup.py` built beside this file can be used
 registers its handlers. `status` says what was found: the instruction set in use, or why
 there is none. Nothing is loaded before the first question.
 
-The environment variable `QJAX_NATIVE` names an instruction set ("avx512", "avxvnni",
-"avx2", "neon" or "plain") to use instead of the best, or is "off".
+The environment variable `QJAX_NATIVE` names an instruction set ("amx", "avx512",
+"avxvnni", "avx2", "neon" or "plain") to use instead of the best, or is "off".
+"amx-emulated" runs the code for AMX on plain arrays, for tests; nothing chooses it.
 """
 
 import ctypes
@@ -20,7 +21,7 @@ import jax
 
 FOLDER = Path(__file__).parent
 VARIABLE = "QJAX_NATIVE"
-ISAS = ("avx512", "avxvnni", "avx2", "neon", "plain")
+ISAS = ("amx", "avx512", "avxvnni", "avx2", "neon", "plain", "amx-emulated")
 TARGETS = ("qjax_matmul", "qjax_stream_read")
 UNBUILT = "unbuilt.txt"
 """Written by `setup.py` when it could not build: the reason."""

@@ -26,7 +26,7 @@ struct Block {
   int64_t group;   // row of the scales
   int64_t packed;  // first byte row
   int64_t units;   // packing units
-  int64_t dwords;  // of quantized x per row of x
+  int64_t dwords;  // of quantized x per row of x, in whole tiles for a matrix unit
   int64_t dword;   // first of them
 };
 
@@ -64,6 +64,8 @@ struct Call {
   bool transpose = false;
   bool integer_engine = false;
   int halves = 2;  // bytes of a quantized activation: 2 weight-only, 1 for int8
+  bool planes = false;  // the integer engine multiplies in tiles of a matrix unit
+  int64_t tile = 0;     // dwords of x in a tile
   int64_t m = 0, k = 0, n = 0;
   float offset = 0;
   const uint8_t* codes = nullptr;
@@ -75,18 +77,28 @@ struct Call {
   int64_t dwords = 0;
 
   // Activations as an engine wants them, made by `prepare`.
-  int32_t* xq = nullptr;      // [m, xq_stride]: [dwords, halves] and padding
+  int32_t* xq = nullptr;      // [m, xq_stride]: [dwords, halves] and padding, or in
+                              // planes: per block [m, halves, dwords of the block]
   int64_t xq_stride = 0;
   const float* xf = nullptr;  // [m, columns of x]
   float* step = nullptr;      // [m, blocks]
   float* sum = nullptr;       // [m, blocks], of quantized or float x
 
   int64_t columns() const { return transpose ? n : k; }
+
+  // Dwords of quantized x from one row to the next, and where those of a block are.
+  int64_t xq_step(const Block& block) const {
+    return planes ? block.dwords * halves : xq_stride;
+  }
+  int32_t* xq_of(const Block& block, int64_t row) const {
+    return xq + block.dword * halves * (planes ? m : 1) + row * xq_step(block);
+  }
 };
 
 struct Engine {
   const char* name;
   int strip;
+  int64_t planes;  // rows of x from which `forward` wants integers in planes, 0 for never
   // One row of activations.
   void (*prepare)(const Call&, float* xf, int64_t row);
   // Rows [m0, m1) and columns [c0, c1) of the result; c0 is a multiple of `strip`.
@@ -97,6 +109,7 @@ struct Engine {
 
 constexpr int64_t kBlock = 256;       // most rows of W in a block: 255 * 32512 * 256 < 2^31
 constexpr int64_t kFloatBlock = 128;  // of a float panel: 32 kB at 64 columns
+constexpr int64_t kTileRows = 16;     // of a tile of a matrix unit, 64 bytes each
 constexpr float kTop = 32512;         // 127 * 256: most of a quantized activation
 constexpr float kE4m3 = 256;          // what values of E4M3 are divided by in panels
 

@@ -521,13 +521,17 @@ static void finish(const Call& c, const float* y, int64_t y_stride, int64_t m0, 
   }
 }
 
+// Quantized x of a block from row `r` on.
+INLINE Factors factors_of(const Call& c, const Block& block, int64_t r) {
+  const int64_t blocks = c.blocks.size(), at = r * blocks + (&block - c.blocks.data());
+  return {c.xq_of(block, r), c.xq_step(block), c.step + at, c.sum + at, blocks};
+}
+
 // One strip and block of `forward`: y [rows of x][4 L] += x W.
 INLINE void add_strip(const Call& c, const Strip& strip, Ahead ahead, const Block& block,
                       int64_t m0, int64_t m1, const F* s, const F* z, uint8_t* panel,
                       float* y, int64_t y_stride) {
-  const int64_t blocks = c.blocks.size(), b = &block - c.blocks.data();
   if (c.integer_engine) {
-    const int64_t stride = c.xq_stride, first = block.dword * c.halves;
     const bool one = m1 - m0 == 1;
     const int tile = c.halves == 2 ? kTile<2> : kTile<1>;
     int64_t n = one ? 1 : c.halves == 2 ? kFirst<2> : kFirst<1>;
@@ -535,8 +539,7 @@ INLINE void add_strip(const Call& c, const Strip& strip, Ahead ahead, const Bloc
     ahead.rate = (ahead.lines + turns - 1) / turns;
     for (int64_t r = m0; r < m1; r += n, y += n * y_stride) {
       if (r > m0) n = m1 - r < tile ? m1 - r : tile;
-      Factors f = {c.xq + r * stride + first, stride, c.step + r * blocks + b,
-                   c.sum + r * blocks + b, blocks};
+      const Factors f = factors_of(c, block, r);
       if (r == m0) {
         auto run = c.halves == 2 ? packed_multiplier<2>(c.bits, one)
                                  : packed_multiplier<1>(c.bits, one);
@@ -549,6 +552,7 @@ INLINE void add_strip(const Call& c, const Strip& strip, Ahead ahead, const Bloc
     return;
   }
   ask(ahead, ahead.lines);
+  const int64_t blocks = c.blocks.size(), b = &block - c.blocks.data();
   const ValueCode code = value_code(c);
   const float *x = c.xf + m0 * c.k + block.first, *sum = c.sum + m0 * blocks + b;
   if (m1 - m0 == 1) {
@@ -565,15 +569,17 @@ INLINE void add_strip(const Call& c, const Strip& strip, Ahead ahead, const Bloc
   }
 }
 
-static void forward(const Call& c, int64_t m0, int64_t m1, int64_t c0, int64_t c1) {
-  thread_local Buffer panels, results, edges;
+// Rows [m0, m1) and columns [c0, c1) of the result. `add(strip, ahead, block, s, z, y,
+// y_stride)` adds the product of a block and strip to y [m1 - m0][4 L].
+template <class Add>
+INLINE void forward_strips(const Call& c, int64_t m0, int64_t m1, int64_t c0, int64_t c1,
+                           const Add& add) {
+  thread_local Buffer results, edges;
   // One line more than needed keeps rows out of one another's cache sets.
   const int64_t width = (c1 - c0 + W - 1) / W * W + 16;
   float* y = results.get<float>((m1 - m0) * width);
   std::memset(y, 0, (m1 - m0) * width * sizeof(float));
   const bool whole = c.integer_engine;
-  uint8_t* panel = panels.get<uint8_t>(whole ? (kBlock + 32) * W
-                                             : (kFloatBlock + 8) * W * sizeof(float));
   uint8_t* edge = edges.get<uint8_t>(kBlock * W);
   const float extra = c.offset + (whole ? shift_of(c) : 0.f);
   for (size_t b = 0; b < c.blocks.size(); ++b) {
@@ -583,11 +589,22 @@ static void forward(const Call& c, int64_t m0, int64_t m1, int64_t c0, int64_t c
       Strip strip = strip_of(c, block, column, count, edge);
       F s[4], z[4];
       load_scales(c, block.group, column, count, extra, whole, s, z);
-      add_strip(c, strip, ahead_of(c, b, column, c0, c1), block, m0, m1, s, z, panel,
-                y + column - c0, width);
+      add(strip, ahead_of(c, b, column, c0, c1), block, s, z, y + column - c0, width);
     }
   }
   finish(c, y, width, m0, m1, c0, c1, whole);
+}
+
+static void forward(const Call& c, int64_t m0, int64_t m1, int64_t c0, int64_t c1) {
+  thread_local Buffer panels;
+  uint8_t* panel =
+      panels.get<uint8_t>(c.integer_engine ? (kBlock + 32) * W
+                                           : (kFloatBlock + 8) * W * sizeof(float));
+  auto add = [&](const Strip& strip, const Ahead& ahead, const Block& block, const F* s,
+                 const F* z, float* y, int64_t y_stride) INLINE_LAMBDA {
+    add_strip(c, strip, ahead, block, m0, m1, s, z, panel, y, y_stride);
+  };
+  forward_strips(c, m0, m1, c0, c1, add);
 }
 
 static void transposed(const Call& c, int64_t m0, int64_t m1, const Block& block) {
@@ -645,34 +662,40 @@ static void transposed(const Call& c, int64_t m0, int64_t m1, const Block& block
   }
 }
 
-// Rows `[groups][4 units][PER]` of fixed-point numbers as dwords `[groups][PER][H]` of
-// their bytes, those of the high halves first. Returns the sum.
-template <int PER, int H>
-static int32_t place(const int32_t* q, int64_t groups, int32_t* out) {
+// Rows `[groups][4 units][PER]` of fixed-point numbers as dwords `[groups][PER]` of their
+// bytes: of high halves to `high`, of low ones to `low`, `skip` dwords apart. Returns the
+// sum.
+template <int PER>
+static int32_t place(const int32_t* q, int64_t groups, int64_t skip, int32_t* high,
+                     int32_t* low) {
   int32_t total = 0;
-  for (; groups > 0; --groups, q += 4 * PER, out += PER * H) {
-    UNROLL for (int j = 0; j < PER; ++j) {
-      uint32_t high = 0, low = 0;
+  for (; groups > 0; --groups, q += 4 * PER) {
+    UNROLL for (int j = 0; j < PER; ++j, high += skip, low += skip) {
+      uint32_t upper = 0, lower = 0;
       UNROLL for (int u = 0; u < 4; ++u) {
         const int32_t v = q[u * PER + j];
         total += v;
-        high |= uint32_t(uint8_t((v + 128) >> 8)) << (8 * u);
-        low |= uint32_t(uint8_t(v)) << (8 * u);
+        upper |= uint32_t(uint8_t((v + 128) >> 8)) << (8 * u);
+        lower |= uint32_t(uint8_t(v)) << (8 * u);
       }
-      if constexpr (H == 2) out[j * H] = int32_t(high);
-      out[j * H + H - 1] = int32_t(low);
+      *high = int32_t(upper);
+      *low = int32_t(lower);
     }
   }
   return total;
 }
 
-template <int H>
-static int32_t place(const Call& c, const int32_t* q, int64_t dwords, int32_t* out) {
-  auto run = c.per == 1   ? place<1, H>
-             : c.per == 2 ? place<2, H>
-             : c.per == 4 ? place<4, H>
-                          : place<8, H>;
-  return run(q, dwords / c.per, out);
+// One block of x in fixed point, bytes in the order of a panel. Returns the sum.
+static int32_t place(const Call& c, const Block& block, int32_t* q, int32_t* to) {
+  for (int64_t i = block.rows; i < 4 * block.dwords; ++i) q[i] = 0;
+  auto run = c.per == 1   ? place<1>
+             : c.per == 2 ? place<2>
+             : c.per == 4 ? place<4>
+                          : place<8>;
+  const int64_t groups = block.dwords / c.per, skip = c.planes ? 1 : c.halves;
+  // With one half the second write to a place counts.
+  int32_t* low = to + (c.halves - 1) * (c.planes ? block.dwords : 1);
+  return run(q, groups, skip, to, low);
 }
 
 static float absmax(const float* x, int64_t count) {
@@ -730,9 +753,6 @@ static void prepare(const Call& c, float* xf, int64_t row) {
     quantize(from, block.rows, by, coded ? 128.f : c.halves == 1 ? 127.f : kTop, q);
     // An infinite or undefined activation makes its row undefined.
     if (!(step[b] < INFINITY)) step[b] = NAN;
-    for (int64_t i = block.rows; i < 4 * block.dwords; ++i) q[i] = 0;
-    int32_t* to = c.xq + row * c.xq_stride + block.dword * c.halves;
-    sum[b] = float(c.halves == 2 ? place<2>(c, q, block.dwords, to)
-                                 : place<1>(c, q, block.dwords, to));
+    sum[b] = float(place(c, block, q, c.xq_of(block, row)));
   }
 }

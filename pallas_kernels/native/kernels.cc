@@ -23,6 +23,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 #define PREFETCH(p) __builtin_prefetch(p)
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -34,6 +35,11 @@
 #if defined(__x86_64__) && !defined(QJAX_PLAIN)
 #define QJAX_X86 1
 #include <immintrin.h>
+#if defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#define QJAX_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && !defined(QJAX_PLAIN)
 #define QJAX_ARM 1
 #include <arm_neon.h>
@@ -55,7 +61,8 @@
 #endif
 
 #ifdef QJAX_X86
-QJAX_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
+#define QJAX_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"
+QJAX_TARGET(QJAX_AVX512)
 namespace qjax::avx512 {
 #define QJAX_LANES_AVX512
 #include "convert.h"
@@ -64,6 +71,16 @@ namespace qjax::avx512 {
 #undef QJAX_LANES_AVX512
 }  // namespace qjax::avx512
 QJAX_TARGET_END
+
+#ifdef QJAX_AMX
+QJAX_TARGET("amx-tile,amx-int8," QJAX_AVX512)
+namespace qjax::avx512 {
+#define QJAX_TILES_AMX
+#include "tiles.h"
+#undef QJAX_TILES_AMX
+}  // namespace qjax::avx512
+QJAX_TARGET_END
+#endif
 
 QJAX_TARGET("avx2,fma,f16c,avxvnni")
 namespace qjax::avxvnni {
@@ -108,22 +125,41 @@ namespace qjax::plain {
 #include "convert.h"
 #include "lanes.h"
 #include "engine.h"
+#include "tiles.h"
 }  // namespace qjax::plain
 
 namespace qjax {
 namespace {
 
-#define QJAX_ENGINE(isa) {#isa, isa::W, isa::prepare, isa::forward, isa::transposed}
+#define QJAX_ENGINE(isa) {#isa, isa::W, 0, isa::prepare, isa::forward, isa::transposed}
+#define QJAX_TILED(name, isa) \
+  {name, isa::W, 2, isa::prepare, isa::forward_tiles, isa::transposed}
 
-// Best first.
+// Best first; what follows "plain" runs only by name.
 const Engine kEngines[] = {
+#ifdef QJAX_AMX
+    QJAX_TILED("amx", avx512),
+#endif
 #ifdef QJAX_X86
     QJAX_ENGINE(avx512), QJAX_ENGINE(avxvnni), QJAX_ENGINE(avx2),
 #endif
 #ifdef QJAX_ARM
     QJAX_ENGINE(neon),
 #endif
-    QJAX_ENGINE(plain)};
+    QJAX_ENGINE(plain), QJAX_TILED("amx-emulated", plain)};
+
+#ifdef QJAX_AMX
+// CPUID has AMX-TILE and AMX-INT8, the system saves tiles (XCR0), and lets this process
+// use them.
+bool has_amx() {
+  uint32_t a = 7, b, c = 0, d;
+  __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  if ((d >> 24 & 3) != 3) return false;
+  __asm__("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return (a >> 17 & 3) == 3 && !syscall(SYS_arch_prctl, kRequestPermission, kTileData);
+}
+#endif
 
 bool supported(const std::string& isa) {
 #ifdef QJAX_X86
@@ -136,6 +172,9 @@ bool supported(const std::string& isa) {
     __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
     return avx2 && (a >> 4 & 1);
   }
+#ifdef QJAX_AMX
+  if (isa == "amx") return supported("avx512") && has_amx();
+#endif
   if (isa == "avx512") {
     return avx2 && __builtin_cpu_supports("avx512f") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -149,7 +188,7 @@ bool supported(const std::string& isa) {
   if (isa == "neon") return true;
 #endif
 #endif
-  return isa == "plain";
+  return isa == "plain" || isa == "amx-emulated";
 }
 
 const Engine* best() {
@@ -198,6 +237,10 @@ void cut_blocks(Call& c, int64_t group) {
       block.packed = first / c.per * c.unit_rows;
       block.units = (block.rows + c.per - 1) / c.per;
       block.dwords = (block.units + 3) / 4 * c.per;
+      if (c.planes) {
+        if (c.blocks.empty()) c.tile = block.dwords < kTileRows ? block.dwords : kTileRows;
+        block.dwords = (block.dwords + c.tile - 1) / c.tile * c.tile;
+      }
       block.dword = c.dwords;
       c.dwords += block.dwords;
       c.blocks.push_back(block);
@@ -240,7 +283,9 @@ bool run(Call& c, const Engine& engine, xla::ffi::ThreadPool& pool) {
   float* floats = nullptr;
   if (c.integer_engine) {
     c.xq_stride = c.dwords * c.halves + 16;  // rows in cache sets of their own
-    c.xq = xq.get<int32_t>(c.m * c.xq_stride);
+    // Tiles may reach beyond the last row.
+    const int64_t more = c.planes ? kTileRows * kBlock / 4 : 0;
+    c.xq = xq.get<int32_t>(c.m * c.xq_stride + more);
   } else if (c.x.type == Type::f32) {
     c.xf = static_cast<const float*>(c.x.data);
   } else {
@@ -409,8 +454,10 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes
   }
   if (c.m == 0) return ffi::Error::Success();
   try {
+    const Engine& engine = *chosen.load();
+    c.planes = c.integer_engine && engine.planes && c.m >= engine.planes;
     cut_blocks(c, group);
-    if (run(c, *chosen.load(), pool)) return ffi::Error::Success();
+    if (run(c, engine, pool)) return ffi::Error::Success();
   } catch (const std::bad_alloc&) {
   }
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "qjax native matmul: no memory");
