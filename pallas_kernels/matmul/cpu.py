@@ -31,10 +31,10 @@ def obstacle(
     Returns:
       The reason.
     """
-    del m, transpose  # any
+    del m  # any
     if jnp.dtype(x_dtype).name not in call.FLOATS:
         return f"x is {jnp.dtype(x_dtype).name}, not one of {call.FLOATS}"
-    return call.obstacle(spec)
+    return call.obstacle(spec, transpose)
 
 
 def matmul(
@@ -53,7 +53,7 @@ def matmul(
 
     Args:
       x: float `[m, k]`; `[m, n]` for the transpose.
-      w: canonical weight, possibly a stack of layers.
+      w: canonical weight or one of `cpu_layout`, possibly a stack of layers.
       spec: its static half.
       layer: int32 scalar, which layer of a stack.
       bias: float, one per column of the result.

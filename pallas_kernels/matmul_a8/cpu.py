@@ -60,7 +60,7 @@ def matmul(
 
     Args:
       x: float `[m, k]`, or int8 codes with `x_scale`.
-      w: canonical weight, possibly a stack of layers.
+      w: canonical weight or one of `matmul.cpu_layout`, possibly a stack of layers.
       spec: its static half, of kind "int".
       activation: "int8".
       x_scale: static scale of x, a scalar, `[m]` or `[m, 1]`; None: one per row.

@@ -14,6 +14,8 @@ namespace qjax {
 enum class Type { none, f32, bf16, f16, e4m3, e8m0, u8, s8 };
 enum class Kind { integer, table, e4m3, e5m2 };
 
+constexpr int64_t kStrip = 64;  // columns of a stored strip
+
 struct Array {
   const void* data = nullptr;
   Type type = Type::none;
@@ -67,6 +69,10 @@ struct Call {
   bool planes = false;  // the integer engine multiplies in tiles of a matrix unit
   int64_t tile = 0;     // dwords of x in a tile
   int64_t m = 0, k = 0, n = 0;
+  // The weight is stored strip after strip of kStrip columns, each with `strip_rows` byte
+  // rows and its scales (matmul/cpu_layout.py); integers lie in the order of a panel.
+  bool strips = false;
+  int64_t strip_rows = 0, groups = 1;
   float offset = 0;
   const uint8_t* codes = nullptr;
   Array scale, zero, x, x_scale, bias;
@@ -85,6 +91,19 @@ struct Call {
   float* sum = nullptr;       // [m, blocks], of quantized or float x
 
   int64_t columns() const { return transpose ? n : k; }
+
+  // Bytes of the codes from `column` on and byte row `row` on; a strip of integers is cut
+  // at whole dwords per column.
+  const uint8_t* codes_at(int64_t row, int64_t column) const {
+    if (!strips) return codes + row * n + column;
+    const int64_t within = column % kStrip * (kind == Kind::integer ? 4 : 1);
+    return codes + (column / kStrip * strip_rows + row) * kStrip + within;
+  }
+  // Index of a scale or zero-point.
+  int64_t scale_at(int64_t group, int64_t column) const {
+    if (!strips) return group * n + column;
+    return (column / kStrip * groups + group) * kStrip + column % kStrip;
+  }
 
   // Dwords of quantized x from one row to the next, and where those of a block are.
   int64_t xq_step(const Block& block) const {
@@ -109,6 +128,7 @@ struct Engine {
 
 constexpr int64_t kBlock = 256;       // most rows of W in a block: 255 * 32512 * 256 < 2^31
 constexpr int64_t kFloatBlock = 128;  // of a float panel: 32 kB at 64 columns
+constexpr int64_t kFewRows = 16;      // of x, which the second-level cache holds
 constexpr int64_t kTileRows = 16;     // of a tile of a matrix unit, 64 bytes each
 constexpr float kTop = 32512;         // 127 * 256: most of a quantized activation
 constexpr float kE4m3 = 256;          // what values of E4M3 are divided by in panels

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import native
+from ..matmul import cpu_layout
 from ..weights import STORED_SCALES, KernelError, Weight, WeightSpec, check
 
 KIND = {"int": 0, "table": 1, "e2m1": 1, "e4m3": 2, "e5m2": 3}
@@ -13,12 +14,12 @@ ZEROS = (*FLOATS, "uint8", "int8")
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def obstacle(spec: WeightSpec) -> str | None:
-    """Why the extension cannot multiply by a weight, or None when it can."""
+def obstacle(spec: WeightSpec, transpose: bool = False) -> str | None:
+    """Why the extension cannot multiply by a weight (or its transpose), or None."""
     state = native.status()
     if not state.loaded:
         return f"native CPU kernels are absent: {state.reason}"
-    if spec.layout != "canonical":
+    if spec.layout not in ("canonical", cpu_layout.TAG):
         return f"its layout is {spec.layout!r}"
     if spec.kind not in KIND:
         return f"its codes are {spec.kind!r}"
@@ -27,6 +28,10 @@ def obstacle(spec: WeightSpec) -> str | None:
         return f"{spec.kind} codes of {spec.bits} bits are not {wide} bits wide"
     if not spec.k or not spec.n:
         return "the weight is empty"
+    if spec.layout == cpu_layout.TAG:
+        if transpose and spec.kind == "int":
+            return f"the transpose of integers in layout {spec.layout!r}"
+        return cpu_layout.obstacle(spec)
     unit = 1 if spec.bits == 8 else 8 // spec.bits if spec.bits in (1, 2, 4) else 8
     if spec.groups > 1 and spec.group % unit:
         return f"groups of {spec.group} rows cut packing units of {unit}"
@@ -50,7 +55,7 @@ def run(
 
     Args:
       x: `[m, k]`, or `[m, n]` for the transpose.
-      w: the canonical weight.
+      w: the weight, canonical or of `matmul.cpu_layout`.
       spec: its static half.
       name: the operation, for messages.
       layer: int32 scalar when `w` is stacked.
@@ -66,7 +71,7 @@ def run(
     Raises:
       KernelError: an operand does not fit, or the product has an obstacle.
     """
-    reason = obstacle(spec)
+    reason = obstacle(spec, transpose)
     if reason:
         raise KernelError(f"{name}: no native CPU kernel; {reason}")
     columns, width = (spec.n, spec.k) if transpose else (spec.k, spec.n)
@@ -75,7 +80,9 @@ def run(
             f"{name}: x has shape {list(x.shape)}, expected [m, {columns}]; "
             f"W is [{spec.k}, {spec.n}]{' and transposed' if transpose else ''}"
         )
-    check(w, spec, (x.shape[0], spec.k), name=name)
+    strips = spec.layout == cpu_layout.TAG
+    fits = cpu_layout.check if strips else check
+    fits(w, spec, (x.shape[0], spec.k), name=name)
     stacked = w.codes.ndim == 3
     if stacked != (layer is not None):
         raise KernelError(
@@ -113,6 +120,7 @@ def run(
         group=np.int64(min(spec.group, spec.k)),
         offset=np.float32(spec.offset),
         transpose=bool(transpose),
+        strips=strips,
         x_bits=np.int64(x_bits),
     )
 

@@ -74,13 +74,29 @@ struct Unit {
 
 alignas(64) static const uint8_t kZeros[64] = {};
 
-// Four units from `p`, `stride` between byte rows, as interleaved byte rows. Units from
-// `left` on do not exist.
+// Bytes of four units that are stored in the order of a panel.
 template <int BITS>
+constexpr int64_t kOrdered = Unit<BITS>::kRows * 4 * kStrip;
+
+// How far ahead of its use such a unit is asked for.
+constexpr int64_t kDistance = 2048;
+
+// Four units from `p` as interleaved byte rows: ORDERED, stored so; else byte rows are
+// `stride` apart and units from `left` on do not exist.
+template <int BITS, bool ORDERED>
 INLINE void load_units(const uint8_t* p, int64_t stride, int64_t left, B turn,
                        B (*rows)[4]) {
   constexpr int R = Unit<BITS>::kRows;
   UNROLL for (int r = 0; r < R; ++r) {
+    if constexpr (ORDERED) {
+      UNROLL for (int t = 0; t < 4; ++t) {
+        const uint8_t* from = p + r * 4 * kStrip + t * W;
+        if (t * W % 64 == 0) PREFETCH(from + kDistance);
+        rows[r][t] = load(from);
+        if constexpr (BITS == 8) rows[r][t] = bxor(rows[r][t], turn);
+      }
+      continue;
+    }
     B in[4];
     UNROLL for (int b = 0; b < 4; ++b) {
       in[b] = load(b < left ? p + (b * R + r) * stride : kZeros);
@@ -195,7 +211,7 @@ INLINE void dot_units(const B* rows, const int32_t* x, int64_t x_stride, I (*acc
 
 // The same straight from byte rows at `p`, `stride` apart, for the first rows of x. With
 // KEEP the codes are left as a panel [dwords][4][W] for the other rows.
-template <int BITS, int H, int MR, bool KEEP>
+template <int BITS, int H, int MR, bool KEEP, bool ORDERED>
 static void multiply_packed(const uint8_t* p, int64_t stride, int64_t units, int flip,
                             Ahead& ahead, const Factors& f, const F* s, const F* z,
                             uint8_t* panel, float* y, int64_t y_stride) {
@@ -206,9 +222,10 @@ static void multiply_packed(const uint8_t* p, int64_t stride, int64_t units, int
   clear<H, MR>(acc);
   B rows[R][4];
   const int32_t* x = f.x;
-  for (; units > 0; units -= 4, p += 4 * R * stride, x += PER * H, panel += PER * 4 * W) {
-    ask(ahead, PER * ahead.rate);
-    load_units<BITS>(p, stride, units, turn, rows);
+  const int64_t step = ORDERED ? kOrdered<BITS> : 4 * R * stride;
+  for (; units > 0; units -= 4, p += step, x += PER * H, panel += PER * 4 * W) {
+    if constexpr (!ORDERED) ask(ahead, PER * ahead.rate);
+    load_units<BITS, ORDERED>(p, stride, units, turn, rows);
     dot_units<BITS, H, MR, KEEP>(rows[0], x, f.x_stride, acc, panel, each);
   }
   add_sums<H, MR>(acc, f, s, z, y, y_stride);
@@ -353,20 +370,25 @@ constexpr int kFirst = kTile<H> < 2 ? 1 : 2;
 template <int N, int MOST>
 constexpr int kAtMost = N < MOST ? N : MOST;
 
-template <int H, int MR, bool KEEP>
+template <int H, int MR, bool KEEP, bool ORDERED>
 static MultiplyPacked packed_multiplier(int bits) {
   constexpr MultiplyPacked all[] = {
-      multiply_packed<1, H, MR, KEEP>, multiply_packed<2, H, MR, KEEP>,
-      multiply_packed<3, H, MR, KEEP>, multiply_packed<4, H, MR, KEEP>,
-      multiply_packed<5, H, MR, KEEP>, multiply_packed<6, H, MR, KEEP>,
-      multiply_packed<7, H, MR, KEEP>, multiply_packed<8, H, MR, KEEP>};
+      multiply_packed<1, H, MR, KEEP, ORDERED>, multiply_packed<2, H, MR, KEEP, ORDERED>,
+      multiply_packed<3, H, MR, KEEP, ORDERED>, multiply_packed<4, H, MR, KEEP, ORDERED>,
+      multiply_packed<5, H, MR, KEEP, ORDERED>, multiply_packed<6, H, MR, KEEP, ORDERED>,
+      multiply_packed<7, H, MR, KEEP, ORDERED>, multiply_packed<8, H, MR, KEEP, ORDERED>};
   return all[bits - 1];
 }
 
 template <int H>
-static MultiplyPacked packed_multiplier(int bits, bool one) {
-  return one ? packed_multiplier<H, 1, false>(bits)
-             : packed_multiplier<H, kFirst<H>, true>(bits);
+static MultiplyPacked packed_multiplier(const Call& c, bool one) {
+  if (c.strips) return packed_multiplier<H, kFirst<H>, true, true>(c.bits);
+  return one ? packed_multiplier<H, 1, false, false>(c.bits)
+             : packed_multiplier<H, kFirst<H>, true, false>(c.bits);
+}
+
+static MultiplyPacked packed_multiplier(const Call& c, bool one) {
+  return c.halves == 2 ? packed_multiplier<2>(c, one) : packed_multiplier<1>(c, one);
 }
 
 template <int BITS, int H>
@@ -429,12 +451,33 @@ INLINE const float* strip_floats(const Array& a, int64_t first, int64_t count,
   return line;
 }
 
-// Scales and zero-points of one group and strip; columns beyond the last have scale 0.
+// A strip's worth of stored numbers from element `first` on.
+INLINE void strip_vectors(const Array& a, int64_t first, F* out) {
+  alignas(64) float line[W];
+  auto* words = static_cast<const uint16_t*>(a.data) + first;
+  auto* floats = static_cast<const float*>(a.data) + first;
+  if (a.type == Type::f16) {
+    UNROLL for (int t = 0; t < 4; ++t) out[t] = load_f16(words + t * L);
+  } else if (a.type == Type::bf16) {
+    UNROLL for (int t = 0; t < 4; ++t) out[t] = load_bf16(words + t * L);
+  } else {
+    if (a.type != Type::f32) {
+      to_floats(a, first, W, line);
+      floats = line;
+    }
+    UNROLL for (int t = 0; t < 4; ++t) out[t] = fload(floats + t * L);
+  }
+}
+
+// Scales and zero-points of one group and strip; columns beyond the last have scale 0,
+// or what is stored for them.
 INLINE void load_scales(const Call& c, int64_t group, int64_t column, int64_t count,
                         float extra, bool weave, F* s, F* z) {
   alignas(64) float scale[W], zero[W];
   const float unit = c.kind == Kind::e4m3 ? kE4m3 : 1.f;
-  const float* from = strip_floats(c.scale, group * c.n + column, count, scale);
+  const int64_t at = c.scale_at(group, column);
+  if (c.strips) count = W;
+  const float* from = strip_floats(c.scale, at, count, scale);
   for (int t = 0; t < 4; ++t) {
     s[t] = fmul(fset(unit), weave ? woven(from, t) : fload(from + t * L));
   }
@@ -442,7 +485,7 @@ INLINE void load_scales(const Call& c, int64_t group, int64_t column, int64_t co
     for (int t = 0; t < 4; ++t) z[t] = fset(extra / unit);
     return;
   }
-  from = strip_floats(c.zero, group * c.n + column, count, zero);
+  from = strip_floats(c.zero, at, count, zero);
   for (int t = 0; t < 4; ++t) {
     F v = fadd(fset(extra), weave ? woven(from, t) : fload(from + t * L));
     z[t] = fmul(v, fset(1 / unit));
@@ -475,7 +518,8 @@ struct Strip {
 
 static Strip strip_of(const Call& c, const Block& block, int64_t column, int64_t count,
                       uint8_t* edge) {
-  const uint8_t* p = c.codes + block.packed * c.n + column;
+  const uint8_t* p = c.codes_at(block.packed, column);
+  if (c.strips) return {p, kStrip};
   if (count == W) return {p, c.n};
   pad_strip(p, c.n, count, block.units * c.unit_rows, edge);
   return {edge, W};
@@ -497,6 +541,57 @@ INLINE Ahead ahead_of(const Call& c, size_t b, int64_t column, int64_t c0, int64
   const int64_t last = first + share < rows ? first + share : rows;
   const uint8_t* p = c.codes + (block.packed + first) * c.n + next;
   return {p, c.n, (last - first) * (kSpan / 64), 0};
+}
+
+// One row of x times a stored strip: the columns from `column` on, to y [4 L].
+template <int BITS, int H>
+static void dot_strip(const Call& c, int64_t column, float* y) {
+  constexpr int PER = Unit<BITS>::kPer;
+  constexpr auto each = std::make_integer_sequence<int, PER>();
+  const B turn = bset(flip_of(c));
+  const F extra = fset(c.offset + shift_of(c));
+  const float *step = c.step, *sum = c.sum;
+  F total[4] = {fset(0), fset(0), fset(0), fset(0)};
+  for (const Block& block : c.blocks) {
+    I acc[1][H][4];
+    clear<H, 1>(acc);
+    B rows[Unit<BITS>::kRows][4];
+    const uint8_t* p = c.codes_at(block.packed, column);
+    const int32_t* x = c.xq_of(block, 0);
+    for (int64_t units = block.units; units > 0; units -= 4, x += PER * H) {
+      load_units<BITS, true>(p, kStrip, units, turn, rows);
+      dot_units<BITS, H, 1, false>(rows[0], x, 0, acc, nullptr, each);
+      p += kOrdered<BITS>;
+    }
+    F s[4], z[4] = {extra, extra, extra, extra};
+    const int64_t at = c.scale_at(block.group, column);
+    strip_vectors(c.scale, at, s);
+    if (c.zero.type != Type::none) {
+      strip_vectors(c.zero, at, z);
+      UNROLL for (int t = 0; t < 4; ++t) z[t] = fadd(z[t], extra);
+    }
+    const F turned = fset(*step++), all = fset(*sum++);
+    UNROLL for (int t = 0; t < 4; ++t) {
+      F v;
+      if constexpr (H == 2) {
+        v = halves(acc[0][0][t], acc[0][1][t]);
+      } else {
+        v = icvt(acc[0][0][t]);
+      }
+      total[t] = fma(fmul(s[t], turned), fnma(z[t], all, v), total[t]);
+    }
+  }
+  UNROLL for (int t = 0; t < 4; ++t) fstore(y + t * L, total[t]);
+}
+
+using DotStrip = void (*)(const Call&, int64_t, float*);
+
+template <int H>
+static DotStrip strip_dot(int bits) {
+  constexpr DotStrip all[] = {dot_strip<1, H>, dot_strip<2, H>, dot_strip<3, H>,
+                              dot_strip<4, H>, dot_strip<5, H>, dot_strip<6, H>,
+                              dot_strip<7, H>, dot_strip<8, H>};
+  return all[bits - 1];
 }
 
 static void finish(const Call& c, const float* y, int64_t y_stride, int64_t m0, int64_t m1,
@@ -541,10 +636,8 @@ INLINE void add_strip(const Call& c, const Strip& strip, Ahead ahead, const Bloc
       if (r > m0) n = m1 - r < tile ? m1 - r : tile;
       const Factors f = factors_of(c, block, r);
       if (r == m0) {
-        auto run = c.halves == 2 ? packed_multiplier<2>(c.bits, one)
-                                 : packed_multiplier<1>(c.bits, one);
-        run(strip.p, strip.stride, block.units, flip_of(c), ahead, f, s, z, panel, y,
-            y_stride);
+        packed_multiplier(c, one)(strip.p, strip.stride, block.units, flip_of(c), ahead, f,
+                                  s, z, panel, y, y_stride);
       } else {
         codes_multiplier(c, n)(panel, block.dwords, ahead, f, s, z, y, y_stride);
       }
@@ -579,23 +672,43 @@ INLINE void forward_strips(const Call& c, int64_t m0, int64_t m1, int64_t c0, in
   const int64_t width = (c1 - c0 + W - 1) / W * W + 16;
   float* y = results.get<float>((m1 - m0) * width);
   std::memset(y, 0, (m1 - m0) * width * sizeof(float));
-  const bool whole = c.integer_engine;
+  const bool weave = c.integer_engine && !c.strips;
   uint8_t* edge = edges.get<uint8_t>(kBlock * W);
-  const float extra = c.offset + (whole ? shift_of(c) : 0.f);
-  for (size_t b = 0; b < c.blocks.size(); ++b) {
+  const float extra = c.offset + (c.integer_engine ? shift_of(c) : 0.f);
+  auto one = [&](size_t b, int64_t column) INLINE_LAMBDA {
     const Block& block = c.blocks[b];
+    const int64_t count = c1 - column < W ? c1 - column : W;
+    const Strip strip = strip_of(c, block, column, count, edge);
+    const Ahead ahead = c.strips ? Ahead{} : ahead_of(c, b, column, c0, c1);
+    F s[4], z[4];
+    load_scales(c, block.group, column, count, extra, weave, s, z);
+    add(strip, ahead, block, s, z, y + column - c0, width);
+  };
+  // Memory likes one strip after the other, many rows of x one block after the other.
+  if (c.strips && m1 - m0 <= kFewRows) {
     for (int64_t column = c0; column < c1; column += W) {
-      const int64_t count = c1 - column < W ? c1 - column : W;
-      Strip strip = strip_of(c, block, column, count, edge);
-      F s[4], z[4];
-      load_scales(c, block.group, column, count, extra, whole, s, z);
-      add(strip, ahead_of(c, b, column, c0, c1), block, s, z, y + column - c0, width);
+      for (size_t b = 0; b < c.blocks.size(); ++b) one(b, column);
+    }
+  } else {
+    for (size_t b = 0; b < c.blocks.size(); ++b) {
+      for (int64_t column = c0; column < c1; column += W) one(b, column);
     }
   }
-  finish(c, y, width, m0, m1, c0, c1, whole);
+  finish(c, y, width, m0, m1, c0, c1, weave);
+}
+
+// `forward` for one row of x and integers in strips.
+static void forward_row(const Call& c, int64_t c0, int64_t c1) {
+  alignas(64) float y[W];
+  const DotStrip dot = c.halves == 2 ? strip_dot<2>(c.bits) : strip_dot<1>(c.bits);
+  for (int64_t column = c0; column < c1; column += W) {
+    dot(c, column, y);
+    finish(c, y, W, 0, 1, column, column + W < c1 ? column + W : c1, false);
+  }
 }
 
 static void forward(const Call& c, int64_t m0, int64_t m1, int64_t c0, int64_t c1) {
+  if (c.strips && c.integer_engine && c.m == 1) return forward_row(c, c0, c1);
   thread_local Buffer panels;
   uint8_t* panel =
       panels.get<uint8_t>(c.integer_engine ? (kBlock + 32) * W

@@ -218,7 +218,7 @@ bool parallel(xla::ffi::ThreadPool& pool, int64_t threads, int64_t count,
 // are read at once: 64 up to 8 rows of x, fewer for one (measured on Zen 5).
 int64_t block_rows(const Call& c) {
   const int64_t most = c.integer_engine ? kBlock : kFloatBlock;
-  if (c.transpose || c.m > 8) return most;
+  if (c.transpose || c.strips || c.m > 8) return most;
   const int64_t bytes = c.m > 1 ? 64 : c.per > 1 ? 32 : 16;
   const int64_t few = c.unit_rows > 1 ? 64 : bytes * c.per;
   return few < most ? few : most;
@@ -254,7 +254,8 @@ bool run_forward(const Call& c, const Engine& engine, xla::ffi::ThreadPool& pool
   const int64_t rows = c.m < 512 ? c.m : 512;
   const int64_t share = (c.n + threads * 2 - 1) / (threads * 2);
   int64_t width = 65536 / rows < share ? 65536 / rows : share;
-  const int64_t unit = width > 512 ? 512 : strip;  // of what is asked for ahead
+  // Of what is stored, or asked for ahead.
+  const int64_t unit = c.strips ? kStrip : width > 512 ? 512 : strip;
   width = (width + unit - 1) / unit * unit;
   const int64_t across = (c.n + width - 1) / width, down = (c.m + rows - 1) / rows;
   return parallel(pool, threads, across * down, [&](int64_t i) {
@@ -363,7 +364,7 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes
                     ffi::AnyBuffer bias, ffi::AnyBuffer x_scale, ffi::AnyBuffer layer,
                     ffi::Result<ffi::AnyBuffer> y, int64_t k, int64_t n, int64_t kind,
                     int64_t bits, int64_t group, float offset, bool transpose,
-                    int64_t x_bits) {
+                    bool strips, int64_t x_bits) {
   Call c;
   if (bits < 1 || bits > 8 || k < 1 || n < 1 || group < 1 || kind < 0 || kind > 3) {
     return bad("attributes out of range");
@@ -378,7 +379,18 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes
   }
   const int64_t groups = (k + group - 1) / group;
   if (groups > 1 && group % c.per) return bad("groups cut a packing unit");
-  const int64_t packed = (k + c.per - 1) / c.per * c.unit_rows;
+  const int64_t units = (k + c.per - 1) / c.per;
+  int64_t packed = units * c.unit_rows, wide = n, rows = groups;
+  if (strips) {
+    const bool ordered = c.kind == Kind::integer;
+    if (ordered && transpose) return bad("strips of integers have no transpose");
+    if (ordered && groups > 1 && group % (4 * c.per)) return bad("groups cut a strip");
+    const int64_t count = (n + kStrip - 1) / kStrip;
+    c.strips = true, c.groups = groups;
+    c.strip_rows = ordered ? (units + 3) / 4 * 4 * c.unit_rows : packed;
+    packed = count * c.strip_rows / (ordered ? 4 : 1);
+    wide = ordered ? 4 * kStrip : kStrip, rows = count * groups;
+  }
   const size_t rank = codes.dimensions().size();
   if (rank != 2 && rank != 3) return bad("codes need rank 2 or 3");
   const int64_t layers = rank == 3 ? codes.dimensions()[0] : -1;
@@ -393,7 +405,7 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes
     }
   }
   const void* data = nullptr;
-  if (!leaf(codes, at, layers, packed, n, 1, &data) || codes.size_bytes() !=
+  if (!leaf(codes, at, layers, packed, wide, 1, &data) || codes.size_bytes() !=
       codes.element_count()) {
     return bad("codes do not have the packed shape");
   }
@@ -402,13 +414,13 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes
   c.scale.type = type_of(scale.element_type());
   if (c.scale.type == Type::u8) c.scale.type = Type::e8m0;
   if (c.scale.type == Type::none || c.scale.type == Type::s8 ||
-      !leaf(scale, at, layers, groups, n, size_of(c.scale.type), &c.scale.data)) {
+      !leaf(scale, at, layers, rows, strips ? kStrip : n, size_of(c.scale.type), &c.scale.data)) {
     return bad("scale has another shape or type than [groups, n]");
   }
   if (!empty(zero)) {
     c.zero.type = type_of(zero.element_type());
     if (c.zero.type == Type::none ||
-        !leaf(zero, at, layers, groups, n, size_of(c.zero.type), &c.zero.data)) {
+        !leaf(zero, at, layers, rows, strips ? kStrip : n, size_of(c.zero.type), &c.zero.data)) {
       return bad("zero has another shape or type than [groups, n]");
     }
   }
@@ -518,6 +530,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_matmul, qjax::multiply,
                                   .Attr<int64_t>("group")
                                   .Attr<float>("offset")
                                   .Attr<bool>("transpose")
+                                  .Attr<bool>("strips")
                                   .Attr<int64_t>("x_bits"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(

@@ -74,6 +74,13 @@ INLINE Table table(const float* t) { return {_mm512_loadu_ps(t)}; }
 INLINE F lookup(const Table& t, I i) { return _mm512_permutexvar_ps(i, t.all); }
 INLINE F gather(const float* t, I i) { return _mm512_i32gather_ps(i, t, 4); }
 INLINE F fload(const float* p) { return _mm512_loadu_ps(p); }
+INLINE F load_f16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+INLINE F load_bf16(const uint16_t* p) {
+  __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+}
 INLINE void fstore(float* p, F v) { _mm512_storeu_ps(p, v); }
 INLINE F fset(float v) { return _mm512_set1_ps(v); }
 INLINE F fadd(F a, F b) { return _mm512_add_ps(a, b); }
@@ -195,6 +202,13 @@ INLINE F lookup(const Table& t, I i) {
 }
 INLINE F gather(const float* t, I i) { return _mm256_i32gather_ps(t, i, 4); }
 INLINE F fload(const float* p) { return _mm256_loadu_ps(p); }
+INLINE F load_f16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+INLINE F load_bf16(const uint16_t* p) {
+  __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+}
 INLINE void fstore(float* p, F v) { _mm256_storeu_ps(p, v); }
 INLINE F fset(float v) { return _mm256_set1_ps(v); }
 INLINE F fadd(F a, F b) { return _mm256_add_ps(a, b); }
@@ -299,6 +313,12 @@ INLINE F gather(const float* t, I i) {
 }
 INLINE F lookup(const Table& t, I i) { return gather(t.all, i); }
 INLINE F fload(const float* p) { return vld1q_f32(p); }
+INLINE F load_f16(const uint16_t* p) {
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+}
+INLINE F load_bf16(const uint16_t* p) {
+  return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+}
 INLINE void fstore(float* p, F v) { vst1q_f32(p, v); }
 INLINE F fset(float v) { return vdupq_n_f32(v); }
 INLINE F fadd(F a, F b) { return vaddq_f32(a, b); }
@@ -405,6 +425,8 @@ INLINE Table table(const float* t) { return {t}; }
 INLINE F gather(const float* t, I a) { QJAX_EACH(F, 4, t[a.v[i]]) }
 INLINE F lookup(const Table& t, I a) { return gather(t.all, a); }
 INLINE F fload(const float* p) { QJAX_EACH(F, 4, p[i]) }
+INLINE F load_f16(const uint16_t* p) { QJAX_EACH(F, 4, from_f16(p[i])) }
+INLINE F load_bf16(const uint16_t* p) { QJAX_EACH(F, 4, from_bf16(p[i])) }
 INLINE void fstore(float* p, F v) { std::memcpy(p, v.v, 16); }
 INLINE F fset(float x) { QJAX_EACH(F, 4, x) }
 INLINE F fadd(F a, F b) { QJAX_EACH(F, 4, a.v[i] + b.v[i]) }

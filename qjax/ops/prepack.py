@@ -4,7 +4,8 @@ At rest every format has one layout. Some kernels want another: fragments of a t
 core in the order of its registers, or scales that are not quantized themselves.
 `prepack` rewrites packed weights once, and products then skip that work; `canonical`
 is the exact inverse, which saving a model applies. A weight whose kernel reads the
-layout at rest is left as it is, and one that no kernel of the device takes, too.
+layout at rest is left as it is, and so are one that no kernel of the device takes and
+embedding tables, whose rows are looked up.
 """
 
 import dataclasses
@@ -33,7 +34,11 @@ from qjax.tensor import (
 from qjax.wrappers import LayerOf, Wrapper
 
 _T = TypeVar("_T")
+TABLE = "embedding"
+"""What parameters are called from which rows are gathered: they keep their layout."""
 _LAYOUTS = {
+    ("cpu", False): "qjax.pallas_kernels.matmul.cpu_layout",
+    ("cpu", True): "qjax.pallas_kernels.matmul.cpu_layout",
     ("tpu", False): "qjax.pallas_kernels.matmul.layout",
     ("cuda", False): "qjax.pallas_kernels.matmul.gpu_layout",
     ("cuda", True): "qjax.pallas_kernels.matmul_a8.layout",
@@ -156,7 +161,16 @@ def _map(function: Any, tree: Any) -> Any:
             return replaced(leaf, base=base)
         return function(leaf) if isinstance(leaf, QuantizedTensor) else leaf
 
-    return jax.tree.map(apply, tree, is_leaf=lambda x: isinstance(x, QuantizedTensor))
+    def place(path, leaf):
+        return leaf if TABLE in map(_name, path) else apply(leaf)
+
+    is_leaf = lambda x: isinstance(x, QuantizedTensor)  # noqa: E731
+    return jax.tree.map_with_path(place, tree, is_leaf=is_leaf)
+
+
+def _name(key):
+    """What a part of a path is called in its container."""
+    return getattr(key, "key", getattr(key, "name", None))
 
 
 def _prepacked(rounds, q):
