@@ -79,7 +79,7 @@ template <int BITS>
 constexpr int64_t kOrdered = Unit<BITS>::kRows * 4 * kStrip;
 
 // How far ahead of its use such a unit is asked for.
-constexpr int64_t kDistance = 2048;
+constexpr int64_t kDistance = 1024;
 
 // Four units from `p` as interleaved byte rows: ORDERED, stored so; else byte rows are
 // `stride` apart and units from `left` on do not exist.

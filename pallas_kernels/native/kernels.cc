@@ -252,7 +252,7 @@ bool run_forward(const Call& c, const Engine& engine, xla::ffi::ThreadPool& pool
                  int64_t threads) {
   const int64_t strip = engine.strip;
   const int64_t rows = c.m < 512 ? c.m : 512;
-  const int64_t share = (c.n + threads * 2 - 1) / (threads * 2);
+  const int64_t share = (c.n + threads * 4 - 1) / (threads * 4);
   int64_t width = 65536 / rows < share ? 65536 / rows : share;
   // Of what is stored, or asked for ahead.
   const int64_t unit = c.strips ? kStrip : width > 512 ? 512 : strip;
