@@ -99,9 +99,10 @@ struct Ahead {
   int64_t stride, lines, rate;
 };
 
+template <bool FAR = false>
 INLINE void ask(Ahead& a, int64_t count) {
   for (; count > 0 && a.lines > 0; --count) {
-    PREFETCH(a.p);
+    FAR ? PREFETCH_FAR(a.p) : PREFETCH(a.p);
     a.p += --a.lines % (kSpan / 64) ? 64 : a.stride - (kSpan - 64);
   }
 }

@@ -25,6 +25,7 @@
 #define INLINE_LAMBDA __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
 #define PREFETCH(p) __builtin_prefetch(p)
+#define PREFETCH_FAR(p) __builtin_prefetch(p, 0, 2)  // to the second-level cache
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
