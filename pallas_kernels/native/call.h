@@ -67,7 +67,7 @@ struct Call {
   bool integer_engine = false;
   int halves = 2;  // bytes of a quantized activation: 2 weight-only, 1 for int8
   bool planes = false;  // the integer engine multiplies in tiles of a matrix unit
-  int64_t tile = 0;     // dwords of x in a tile
+  int64_t tile = 1;     // dwords of x that it multiplies at once
   int64_t m = 0, k = 0, n = 0;
   // The weight is stored strip after strip of kStrip columns, each with `strip_rows` byte
   // rows and its scales (matmul/cpu_layout.py); integers lie in the order of a panel.
@@ -83,9 +83,8 @@ struct Call {
   int64_t dwords = 0;
 
   // Activations as an engine wants them, made by `prepare`.
-  int32_t* xq = nullptr;      // [m, xq_stride]: [dwords, halves] and padding, or in
-                              // planes: per block [m, halves, dwords of the block]
-  int64_t xq_stride = 0;
+  int32_t* xq = nullptr;      // per block [m, dwords, halves], or [m, halves, dwords] in
+                              // planes
   const float* xf = nullptr;  // [m, columns of x]
   float* step = nullptr;      // [m, blocks]
   float* sum = nullptr;       // [m, blocks], of quantized or float x
@@ -105,19 +104,16 @@ struct Call {
     return (column / kStrip * groups + group) * kStrip + column % kStrip;
   }
 
-  // Dwords of quantized x from one row to the next, and where those of a block are.
-  int64_t xq_step(const Block& block) const {
-    return planes ? block.dwords * halves : xq_stride;
-  }
+  // Quantized x of a row and block.
   int32_t* xq_of(const Block& block, int64_t row) const {
-    return xq + block.dword * halves * (planes ? m : 1) + row * xq_step(block);
+    return xq + (block.dword * m + row * block.dwords) * halves;
   }
 };
 
 struct Engine {
   const char* name;
   int strip;
-  int64_t planes;  // rows of x from which `forward` wants integers in planes, 0 for never
+  int64_t planes;  // dwords of x per tile from which `forward` wants planes, 0 for never
   // One row of activations.
   void (*prepare)(const Call&, float* xf, int64_t row);
   // Rows [m0, m1) and columns [c0, c1) of the result; c0 is a multiple of `strip`.

@@ -115,9 +115,10 @@ struct Ahead {
   int64_t stride, lines, rate;
 };
 
+template <bool FAR = false>
 INLINE void ask(Ahead& a, int64_t count) {
   for (; count > 0 && a.lines > 0; --count) {
-    PREFETCH(a.p);
+    FAR ? PREFETCH_FAR(a.p) : PREFETCH(a.p);
     a.p += --a.lines % (kSpan / 64) ? 64 : a.stride - (kSpan - 64);
   }
 }
@@ -619,7 +620,7 @@ static void finish(const Call& c, const float* y, int64_t y_stride, int64_t m0, 
 // Quantized x of a block from row `r` on.
 INLINE Factors factors_of(const Call& c, const Block& block, int64_t r) {
   const int64_t blocks = c.blocks.size(), at = r * blocks + (&block - c.blocks.data());
-  return {c.xq_of(block, r), c.xq_step(block), c.step + at, c.sum + at, blocks};
+  return {c.xq_of(block, r), block.dwords * c.halves, c.step + at, c.sum + at, blocks};
 }
 
 // One strip and block of `forward`: y [rows of x][4 L] += x W.

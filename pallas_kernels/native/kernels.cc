@@ -25,6 +25,7 @@
 #define INLINE_LAMBDA __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
 #define PREFETCH(p) __builtin_prefetch(p)
+#define PREFETCH_FAR(p) __builtin_prefetch(p, 0, 2)  // to the second-level cache
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -132,13 +133,13 @@ namespace qjax {
 namespace {
 
 #define QJAX_ENGINE(isa) {#isa, isa::W, 0, isa::prepare, isa::forward, isa::transposed}
-#define QJAX_TILED(name, isa) \
-  {name, isa::W, 2, isa::prepare, isa::forward_tiles, isa::transposed}
+#define QJAX_TILED(name, isa, planes) \
+  {name, isa::W, planes, isa::prepare, isa::forward_tiles, isa::transposed}
 
 // Best first; what follows "plain" runs only by name.
 const Engine kEngines[] = {
 #ifdef QJAX_AMX
-    QJAX_TILED("amx", avx512),
+    QJAX_TILED("amx", avx512, 65),
 #endif
 #ifdef QJAX_X86
     QJAX_ENGINE(avx512), QJAX_ENGINE(avxvnni), QJAX_ENGINE(avx2),
@@ -146,7 +147,7 @@ const Engine kEngines[] = {
 #ifdef QJAX_ARM
     QJAX_ENGINE(neon),
 #endif
-    QJAX_ENGINE(plain), QJAX_TILED("amx-emulated", plain)};
+    QJAX_ENGINE(plain), QJAX_TILED("amx-emulated", plain, 1)};
 
 #ifdef QJAX_AMX
 // CPUID has AMX-TILE and AMX-INT8, the system saves tiles (XCR0), and lets this process
@@ -224,7 +225,7 @@ int64_t block_rows(const Call& c) {
   return few < most ? few : most;
 }
 
-void cut_blocks(Call& c, int64_t group) {
+void cut_blocks(Call& c, int64_t group, const Engine& engine) {
   const int64_t most = block_rows(c);
   int64_t g = 0;
   for (int64_t start = 0; start < c.k; start += group, ++g) {
@@ -237,10 +238,12 @@ void cut_blocks(Call& c, int64_t group) {
       block.packed = first / c.per * c.unit_rows;
       block.units = (block.rows + c.per - 1) / c.per;
       block.dwords = (block.units + 3) / 4 * c.per;
-      if (c.planes) {
-        if (c.blocks.empty()) c.tile = block.dwords < kTileRows ? block.dwords : kTileRows;
-        block.dwords = (block.dwords + c.tile - 1) / c.tile * c.tile;
+      if (c.blocks.empty() && c.integer_engine && engine.planes) {
+        const int64_t tile = block.dwords < kTileRows ? block.dwords : kTileRows;
+        c.planes = c.m * c.halves * tile >= engine.planes;
+        if (c.planes) c.tile = tile;
       }
+      block.dwords = (block.dwords + c.tile - 1) / c.tile * c.tile;
       block.dword = c.dwords;
       c.dwords += block.dwords;
       c.blocks.push_back(block);
@@ -283,10 +286,9 @@ bool run(Call& c, const Engine& engine, xla::ffi::ThreadPool& pool) {
   c.sum = sum.get<float>(c.m * blocks + 1);
   float* floats = nullptr;
   if (c.integer_engine) {
-    c.xq_stride = c.dwords * c.halves + 16;  // rows in cache sets of their own
     // Tiles may reach beyond the last row.
     const int64_t more = c.planes ? kTileRows * kBlock / 4 : 0;
-    c.xq = xq.get<int32_t>(c.m * c.xq_stride + more);
+    c.xq = xq.get<int32_t>(c.m * c.dwords * c.halves + more);
   } else if (c.x.type == Type::f32) {
     c.xf = static_cast<const float*>(c.x.data);
   } else {
@@ -467,8 +469,7 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes
   if (c.m == 0) return ffi::Error::Success();
   try {
     const Engine& engine = *chosen.load();
-    c.planes = c.integer_engine && engine.planes && c.m >= engine.planes;
-    cut_blocks(c, group);
+    cut_blocks(c, group, engine);
     if (run(c, engine, pool)) return ffi::Error::Success();
   } catch (const std::bad_alloc&) {
   }

@@ -119,7 +119,7 @@ static void decode_codes(const uint8_t* p, int64_t stride, int64_t units, int fl
   B rows[R][4];
   const int64_t step = ORDERED ? kOrdered<BITS> : 4 * R * stride;
   for (; units > 0; units -= 4, p += step, panel += PER * 4 * W) {
-    if constexpr (!ORDERED) ask(ahead, PER * ahead.rate);
+    if constexpr (!ORDERED) ask<true>(ahead, PER * ahead.rate);
     load_units<BITS, ORDERED>(p, stride, units, turn, rows);
     store_units<BITS>(rows[0], panel, each);
   }
@@ -136,15 +136,30 @@ static DecodeCodes codes_decoder(int bits) {
   return all[bits - 1];
 }
 
-// Sums of `dwords` dwords of planes x, `x_stride` bytes apart, times a panel, to
-// [planes][W].
-template <int... T>
-INLINE void dot_tiles(Tiles& tiles, int64_t tile, int64_t dwords, const int32_t* x,
-                      int64_t x_stride, const uint8_t* panel, int32_t* sums,
+// A panel and what its products with rows of x become: y += scale * step * (x . codes -
+// zero * sum of x).
+struct Product {
+  const uint8_t* panel;
+  int64_t dwords;
+  Factors f;
+  const F *s, *z;
+  float* y;
+  int64_t y_stride;
+};
+
+// Sums of `each` rows of x from row `first` on, to [each * H][W].
+template <int H, int... T>
+INLINE void dot_tiles(Tiles& tiles, int64_t tile, const Product& p, int64_t first,
+                      int64_t each, int64_t rows, int32_t* sums,
                       std::integer_sequence<int, T...>) {
+  const int32_t* x = p.f.x + first * p.f.x_stride;
+  const int32_t* next = x + 2 * each * p.f.x_stride;  // asked for ahead of its turn
+  const int64_t lines = first + 2 * each < rows ? each * H : 0;
+  const uint8_t* panel = p.panel;
   (tiles.template clear<T>(), ...);
-  for (; dwords > 0; dwords -= tile, x += tile, panel += tile * 4 * W) {
-    tiles.template load<4>(x, x_stride);
+  for (int64_t d = 0; d < p.dwords; d += tile, panel += tile * 4 * W) {
+    for (int64_t i = 0; i < lines; ++i, next += tile) PREFETCH(next);
+    tiles.template load<4>(x + d, 4 * p.dwords);
     ((tiles.template load<5 + T % 3>(panel + 64 * T, 4 * W),
       tiles.template dot<T, 5 + T % 3>()),
      ...);
@@ -152,29 +167,39 @@ INLINE void dot_tiles(Tiles& tiles, int64_t tile, int64_t dwords, const int32_t*
   (tiles.template store<T>(sums + 16 * T, 4 * W), ...);
 }
 
-// Adds a panel times `rows` rows of x to y [rows][4 L], `each` rows at a time.
+// Adds the sums of rows [first, last) of x to y.
 template <int H>
-static void multiply_tiles(Tiles& tiles, int64_t tile, int64_t dwords, Factors f,
-                           int64_t rows, int64_t each, const uint8_t* panel, const F* s,
-                           const F* z, float* y, int64_t y_stride) {
-  constexpr auto parts = std::make_integer_sequence<int, W / 16>();
-  alignas(64) int32_t sums[kTileRows * W];
-  for (int64_t first = 0; first < rows; first += each) {
-    dot_tiles(tiles, tile, dwords, f.x + first * f.x_stride, 4 * dwords, panel, sums,
-              parts);
-    const int32_t* from = sums;
-    const int64_t last = first + each < rows ? first + each : rows;
-    for (int64_t r = first; r < last; ++r, y += y_stride) {
-      I acc[1][H][4];
-      UNROLL for (int h = 0; h < H; ++h) {
-        UNROLL for (int t = 0; t < 4; ++t, from += L) {
-          acc[0][h][t] = iload(reinterpret_cast<const uint8_t*>(from));
-        }
+static void add_tiles(const int32_t* sums, const Product& p, int64_t first, int64_t last) {
+  Factors f = p.f;
+  f.step += first * f.step_stride;
+  f.sum += first * f.step_stride;
+  float* y = p.y + first * p.y_stride;
+  for (int64_t r = first; r < last; ++r, y += p.y_stride) {
+    I acc[1][H][4];
+    UNROLL for (int h = 0; h < H; ++h) {
+      UNROLL for (int t = 0; t < 4; ++t, sums += L) {
+        acc[0][h][t] = iload(reinterpret_cast<const uint8_t*>(sums));
       }
-      add_sums<H, 1>(acc, f, s, z, y, y_stride);
-      f.step += f.step_stride;
-      f.sum += f.step_stride;
     }
+    add_sums<H, 1>(acc, f, p.s, p.z, y, p.y_stride);
+    f.step += f.step_stride;
+    f.sum += f.step_stride;
+  }
+}
+
+// Adds the product to y [rows][4 L], `each` rows at a time; the tiles are one turn ahead
+// of the scaling of sums.
+template <int H>
+static void multiply_tiles(Tiles& tiles, int64_t tile, const Product& p, int64_t rows,
+                           int64_t each) {
+  constexpr auto parts = std::make_integer_sequence<int, W / 16>();
+  alignas(64) int32_t sums[2][kTileRows * W];
+  dot_tiles<H>(tiles, tile, p, 0, each, rows, sums[0], parts);
+  int turn = 0;
+  for (int64_t first = 0; first < rows; first += each, turn ^= 1) {
+    const int64_t next = first + each;
+    if (next < rows) dot_tiles<H>(tiles, tile, p, next, each, rows, sums[turn ^ 1], parts);
+    add_tiles<H>(sums[turn], p, first, next < rows ? next : rows);
   }
 }
 
@@ -194,8 +219,8 @@ static void forward_tiles(const Call& c, int64_t m0, int64_t m1, int64_t c0, int
                  const F* z, float* y, int64_t y_stride) {
     ahead.rate = (ahead.lines + block.dwords - 1) / block.dwords;
     decode(strip.p, strip.stride, block.units, flip, ahead, panel);
-    multiply(tiles, c.tile, block.dwords, factors_of(c, block, m0), rows, each, panel, s,
-             z, y, y_stride);
+    const Product p = {panel, block.dwords, factors_of(c, block, m0), s, z, y, y_stride};
+    multiply(tiles, c.tile, p, rows, each);
   };
   forward_strips(c, m0, m1, c0, c1, add);
 }

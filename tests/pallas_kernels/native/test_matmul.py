@@ -1,12 +1,13 @@
 """Native products against NumPy in float64, on every instruction set of the machine."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qjax.pallas_kernels import native
@@ -26,6 +27,8 @@ pytestmark = pytest.mark.skipif(not native.status().loaded, reason=str(native.st
 
 AVAILABLE = [isa for isa in native.ISAS if native.choose_isa(isa)] or ["none"]
 native.choose_isa("")
+TILED = {"amx-emulated": "plain", "amx": "avx512"}
+"""Instruction sets with tiles, and those that decode and scale for them."""
 
 
 @pytest.fixture(params=AVAILABLE)
@@ -170,7 +173,46 @@ def test_int8_activations(isa, bits, rng):
     assert np.all(np.abs(static - wanted) <= 2 * limit)
 
 
-def test_concurrent_calls(rng):
+@settings(deadline=None, max_examples=40)
+@given(
+    m=st.integers(1, 40),
+    k=st.integers(1, 300),
+    n=st.integers(1, 200),
+    units=st.integers(1, 20),
+    bits=st.integers(1, 8),
+    signed=st.booleans(),
+    zero=st.sampled_from([None, "float32", "uint8"]),
+    rounded=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@example(m=512, k=256, n=80, units=16, bits=4, signed=False, zero=None, rounded=False, seed=0)
+@example(m=17, k=300, n=150, units=32, bits=8, signed=True, zero="float32", rounded=False, seed=0)
+@example(m=33, k=264, n=70, units=9, bits=3, signed=False, zero="uint8", rounded=True, seed=0)
+def test_tiles_give_the_same_bits(m, k, n, units, bits, signed, zero, rounded, seed):
+    rng = np.random.default_rng(seed)
+    spec = WeightSpec(k, n, "int", bits, min(8 * units, k), 2.0 ** (bits - 1))
+    w, _ = random_weight(rng, spec, zero=zero, signed=signed and bits == 8)
+    x = jnp.asarray(rng.standard_normal((m, k)).astype(np.float32))
+    matmul = cpu_a8.matmul if rounded else cpu.matmul
+    found = {}
+    for isa in {*TILED, *TILED.values()}.intersection(AVAILABLE):
+        native.choose_isa(isa)
+        found[isa] = np.asarray(matmul(x, w, spec))
+    native.choose_isa("")
+    for tiled in TILED.keys() & found.keys():
+        np.testing.assert_array_equal(found[tiled], found[TILED[tiled]], tiled)
+
+
+def test_tiles_are_tested():
+    """On every machine in their emulation, and on the unit where Linux lists it."""
+    assert "amx-emulated" in AVAILABLE
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text("utf-8").split() if info.exists() else []
+    if {"amx_tile", "amx_int8", "avx512_vnni"} <= set(flags):
+        assert "amx" in AVAILABLE
+
+
+def test_concurrent_calls(isa, rng):
     spec = WeightSpec(256, 300, "int", 4, 64)
     w, _ = random_weight(rng, spec)
     x = jnp.asarray(rng.standard_normal((5, 256)).astype(np.float32))

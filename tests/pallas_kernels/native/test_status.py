@@ -72,6 +72,10 @@ class TestLoaded:
         assert reason == "QJAX_NATIVE='mmx': this machine does not have it"
         assert not native.choose_isa("mmx")
 
+    def test_emulation_is_never_the_best(self):
+        assert native.choose_isa("amx-emulated")
+        assert native.choose_isa("") and native.status().isa != "amx-emulated"
+
     def test_any_python_finds_the_build(self, tmp_path):
         path = native.find_library()
         assert path is not None
@@ -82,6 +86,7 @@ class TestLoaded:
         probe = "from qjax.pallas_kernels import native; print(native.status())"
         for value, wanted in [
             ("plain", "plain"),
+            ("amx-emulated", "amx-emulated"),
             ("off", "absent, QJAX_NATIVE is off"),
         ]:
             done = subprocess.run(
