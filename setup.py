@@ -13,7 +13,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 NATIVE = "pallas_kernels/native"
-HEADERS = ("call.h", "convert.h", "engine.h", "lanes.h", "team.h", "tiles.h")
+SOURCES = ("attention.cc", "kernels.cc")
 
 
 def include_dir():
@@ -70,8 +70,8 @@ setup(
     ext_modules=[
         Extension(
             "qjax.pallas_kernels.native._kernels",
-            [f"{NATIVE}/kernels.cc"],
-            depends=[f"{NATIVE}/{name}" for name in HEADERS],
+            [f"{NATIVE}/{name}" for name in SOURCES],
+            depends=sorted(map(str, Path(NATIVE).glob("*.h"))),
             language="c++",
             optional=False,
         )

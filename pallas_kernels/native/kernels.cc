@@ -9,69 +9,14 @@
 
 #include "call.h"
 
-#include "xla/ffi/api/c_api.h"
-// A runtime refuses handlers that report a newer minor version than its own. Minor
-// versions only add to the interface and nothing younger than 0.3 is used here, so that
-// is what the handlers report, whichever headers they are built with.
-#if XLA_FFI_API_MAJOR == 0 && XLA_FFI_API_MINOR > 3
-#undef XLA_FFI_API_MINOR
-#define XLA_FFI_API_MINOR 3
-#endif
-#include "xla/ffi/api/ffi.h"
-
+#include "ffi.h"
+#include "isa.h"
+#include "operands.h"
 #include "team.h"
 
-#define INLINE static inline __attribute__((always_inline))
-#define INLINE_LAMBDA __attribute__((always_inline))
-#define INLINE_MEMBER inline __attribute__((always_inline))
-#define PREFETCH(p) __builtin_prefetch(p)
-#define PREFETCH_FAR(p) __builtin_prefetch(p, 0, 2)  // to the second-level cache
-#if defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 64")
-#endif
-
-// -DQJAX_PLAIN leaves the code for vector units out: quick to build, slow to run.
-#if defined(__x86_64__) && !defined(QJAX_PLAIN)
-#define QJAX_X86 1
-#include <immintrin.h>
-#if defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
-#define QJAX_AMX 1
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-#elif defined(__aarch64__) && !defined(QJAX_PLAIN)
-#define QJAX_ARM 1
-#include <arm_neon.h>
-#if defined(__linux__)
-#include <sys/auxv.h>
-#endif
-#endif
-
-#define QJAX_TEXT(x) #x
-#if defined(__clang__)
-#define QJAX_TARGET(features)                                                     \
-  _Pragma(QJAX_TEXT(clang attribute push(__attribute__((target(features))), \
-                                         apply_to = function)))
-#define QJAX_TARGET_END _Pragma("clang attribute pop")
-#else
-#define QJAX_TARGET(features) \
-  _Pragma("GCC push_options") _Pragma(QJAX_TEXT(GCC target(features)))
-#define QJAX_TARGET_END _Pragma("GCC pop_options")
-#endif
-
-#ifdef QJAX_X86
-#define QJAX_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"
-QJAX_TARGET(QJAX_AVX512)
-namespace qjax::avx512 {
-#define QJAX_LANES_AVX512
-#include "convert.h"
-#include "lanes.h"
-#include "engine.h"
-#undef QJAX_LANES_AVX512
-}  // namespace qjax::avx512
-QJAX_TARGET_END
+#define QJAX_BODY "engine.h"
+#include "each_isa.h"
+#undef QJAX_BODY
 
 #ifdef QJAX_AMX
 QJAX_TARGET("amx-tile,amx-int8," QJAX_AVX512)
@@ -83,49 +28,7 @@ namespace qjax::avx512 {
 QJAX_TARGET_END
 #endif
 
-QJAX_TARGET("avx2,fma,f16c,avxvnni")
-namespace qjax::avxvnni {
-#define QJAX_LANES_AVXVNNI
-#include "convert.h"
-#include "lanes.h"
-#include "engine.h"
-#undef QJAX_LANES_AVXVNNI
-}  // namespace qjax::avxvnni
-QJAX_TARGET_END
-
-QJAX_TARGET("avx2,fma,f16c")
-namespace qjax::avx2 {
-#define QJAX_LANES_AVX2
-#include "convert.h"
-#include "lanes.h"
-#include "engine.h"
-#undef QJAX_LANES_AVX2
-}  // namespace qjax::avx2
-QJAX_TARGET_END
-#endif
-
-#ifdef QJAX_ARM
-#if defined(__clang__)
-QJAX_TARGET("dotprod")
-#else
-QJAX_TARGET("arch=armv8.2-a+dotprod")
-#endif
-namespace qjax::neon {
-#define QJAX_LANES_NEON
-#include "convert.h"
-#include "lanes.h"
-#include "engine.h"
-#undef QJAX_LANES_NEON
-}  // namespace qjax::neon
-QJAX_TARGET_END
-#endif
-
-#undef UNROLL
-#define UNROLL  // its vectors are loops already
 namespace qjax::plain {
-#include "convert.h"
-#include "lanes.h"
-#include "engine.h"
 #include "tiles.h"
 }  // namespace qjax::plain
 
@@ -200,20 +103,6 @@ const Engine* best() {
 }
 
 std::atomic<const Engine*> chosen{best()};
-
-// Runs `work(i)` for every i below `count` on a team of threads.
-template <typename Work>
-bool parallel(xla::ffi::ThreadPool& pool, int64_t threads, int64_t count,
-              const Work& work) {
-  return Team::run(pool, threads, count, [&](int64_t i) {
-    try {
-      work(i);
-      return true;
-    } catch (const std::bad_alloc&) {
-      return false;
-    }
-  });
-}
 
 // Rows of W per block. Few rows of x wait for memory, which is fastest when few byte rows
 // are read at once: 64 up to 8 rows of x, fewer for one (measured on Zen 5).
@@ -311,46 +200,11 @@ bool run(Call& c, const Engine& engine, xla::ffi::ThreadPool& pool) {
 
 namespace ffi = xla::ffi;
 
-Type type_of(ffi::DataType type) {
-  switch (type) {
-    case ffi::DataType::F32:
-      return Type::f32;
-    case ffi::DataType::BF16:
-      return Type::bf16;
-    case ffi::DataType::F16:
-      return Type::f16;
-    case ffi::DataType::F8E4M3FN:
-      return Type::e4m3;
-    case ffi::DataType::U8:
-      return Type::u8;
-    case ffi::DataType::S8:
-      return Type::s8;
-    default:
-      return Type::none;
-  }
-}
-
-bool is_float(Type type) {
-  return type == Type::f32 || type == Type::bf16 || type == Type::f16;
-}
-
-bool shaped(const ffi::AnyBuffer& buffer, std::initializer_list<int64_t> shape) {
-  auto dims = buffer.dimensions();
-  if (dims.size() != shape.size()) return false;
-  size_t i = 0;
-  for (int64_t size : shape) {
-    if (dims[i++] != size) return false;
-  }
-  return true;
-}
-
 bool empty(const ffi::AnyBuffer& buffer) { return buffer.element_count() == 0; }
 
 ffi::Error bad(const std::string& what) {
   return ffi::Error::InvalidArgument("qjax native matmul: " + what);
 }
-
-size_t size_of(Type type) { return type == Type::f32 ? 4 : is_float(type) ? 2 : 1; }
 
 // A leaf `[rows, n]`, or the layer of a stack `[layers, rows, n]` that `layer` names.
 bool leaf(const ffi::AnyBuffer& buffer, int64_t layer, int64_t layers, int64_t rows,
@@ -504,8 +358,6 @@ ffi::Error stream_read(ffi::ThreadPool pool, ffi::AnyBuffer x,
 
 }  // namespace
 }  // namespace qjax
-
-#define QJAX_EXPORT extern "C" __attribute__((visibility("default")))
 
 QJAX_EXPORT XLA_FFI_Error* qjax_matmul(XLA_FFI_CallFrame*);
 QJAX_EXPORT XLA_FFI_Error* qjax_stream_read(XLA_FFI_CallFrame*);

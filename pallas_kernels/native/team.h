@@ -14,9 +14,10 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
 
-#include "xla/ffi/api/ffi.h"
+#include "ffi.h"
 
 namespace qjax {
 
@@ -135,5 +136,19 @@ class Team {
   std::condition_variable wake_;
   int64_t helpers_ = 0;
 };
+
+// Runs `work(i)` for every i below `count` on a team of threads.
+template <typename Work>
+static bool parallel(xla::ffi::ThreadPool& pool, int64_t threads, int64_t count,
+              const Work& work) {
+  return Team::run(pool, threads, count, [&](int64_t i) {
+    try {
+      work(i);
+      return true;
+    } catch (const std::bad_alloc&) {
+      return false;
+    }
+  });
+}
 
 }  // namespace qjax
