@@ -185,9 +185,23 @@ def test_int8_activations(isa, bits, rng):
     rounded=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@example(m=512, k=256, n=80, units=16, bits=4, signed=False, zero=None, rounded=False, seed=0)
-@example(m=17, k=300, n=150, units=32, bits=8, signed=True, zero="float32", rounded=False, seed=0)
-@example(m=33, k=264, n=70, units=9, bits=3, signed=False, zero="uint8", rounded=True, seed=0)
+@example(
+    m=512, k=256, n=80, units=16, bits=4, signed=False, zero=None, rounded=False, seed=0
+)
+@example(
+    m=17,
+    k=300,
+    n=150,
+    units=32,
+    bits=8,
+    signed=True,
+    zero="float32",
+    rounded=False,
+    seed=0,
+)
+@example(
+    m=33, k=264, n=70, units=9, bits=3, signed=False, zero="uint8", rounded=True, seed=0
+)
 def test_tiles_give_the_same_bits(m, k, n, units, bits, signed, zero, rounded, seed):
     rng = np.random.default_rng(seed)
     spec = WeightSpec(k, n, "int", bits, min(8 * units, k), 2.0 ** (bits - 1))
