@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 import qjax.pallas_kernels.device as device
 from qjax.errors import SpecError, UnsupportedError
-from qjax.ops.alone import alone_or
+from qjax.pallas_kernels.alone import alone_or
 from qjax.ops.blocks import same_variance
 from qjax.pallas_kernels.attention import api, reference, specs
 from qjax.pallas_kernels.attention.reference import KV

@@ -7,7 +7,7 @@ offset). Experts of one layer of a stack of layers are read where they lie.
 In a program on several devices a call computes the columns that a device has; shards
 along the contracted axis are summed when they hold whole groups, and rows are gathered,
 because groups are counted over all of them. (The compiler for TPUs cannot be told; see
-`qjax.ops.alone`. There such a program runs the loop of `qjax.ops.windows`, unless its
+`qjax.pallas_kernels.alone`. There such a program runs the loop of `qjax.ops.windows`, unless its
 mesh has explicit axes.) Experts that are themselves spread over devices are for
 `jax.shard_map`, where every device calls with its own groups. Under `jax.vmap` calls
 run one after the other.
@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int
 import qjax.pallas_kernels.device as device
 from qjax.errors import SpecError
 from qjax.ops import kernels, partition
-from qjax.ops.alone import alone_or
+from qjax.pallas_kernels.alone import alone_or
 from qjax.pallas_kernels.weights import KernelError, Weight, WeightSpec
 from qjax.wrappers import LayerOf
 

@@ -31,7 +31,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 import qjax.pallas_kernels.device as device
-from qjax.ops.alone import alone_or
+from qjax.pallas_kernels.alone import alone_or
 from qjax.ops.blocks import same_variance
 from qjax.pallas_kernels.weights import Weight, WeightSpec
 
