@@ -15,7 +15,6 @@ that reach back into what others write too, with the same bytes.
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax

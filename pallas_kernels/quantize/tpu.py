@@ -12,7 +12,6 @@ Scales of a whole column are found by XLA beforehand (a read of the weight more)
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax

@@ -42,7 +42,7 @@ class Method(Described, abc.ABC):
         """Quantizes a finite weight.
 
         Args:
-          w: weight, float32, bfloat16 or float16; results are those of its float32 value.
+          w: weight, float32, bfloat16 or float16, treated as its float32 value.
           fmt: the number format.
           importance: non-negative weights of the squared error, broadcastable to `w`
             (for example `[in, 1]`: mean squared activation per input).

@@ -95,9 +95,7 @@ def encode(
 
     def on(name):
         kernel = functools.partial(run, name)
-        if name == "xla" or mesh.manual_axes:
-            return kernel
-        return functools.partial(alone_or, kernel, plain)
+        return kernel if name == "xla" else functools.partial(alone_or, kernel, plain)
 
     @custom_vmap
     def call(*operands):
@@ -106,7 +104,9 @@ def encode(
     @call.def_vmap
     def _(size, mapped, *operands):  # pyright: ignore[reportUnusedFunction]
         pairs = zip(operands, mapped, strict=True)
-        w, *given = (x if m else jnp.broadcast_to(x, (size, *x.shape)) for x, m in pairs)
+        w, *given = (
+            x if m else jnp.broadcast_to(x, (size, *x.shape)) for x, m in pairs
+        )
         return encode(w, spec, table=table, scale=given[0] if given else None), True
 
     return call(*operands)
