@@ -67,7 +67,8 @@ def interpreters():
 
 @pytest.mark.parametrize("name", interpreters())
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
-def test_quantize_by_kernels(fmt, name, interpreted):
+def test_quantize_by_kernels(fmt, name, interpreted, monkeypatch):
+    monkeypatch.setattr("qjax.pallas_kernels.device.count", lambda: 1)
     w = weight(dtype=jnp.bfloat16 if fmt == Int(4, 128) else jnp.float32)
     want = quantize(w, fmt)
     calls = interpreted(name)
