@@ -13,6 +13,7 @@ product; leaves of the weight see the rounded activations.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,9 +116,10 @@ def _backward(transpose, activation, backend, residuals, dy):
 rounded_product.defvjp(_forward, _backward)
 
 
-def rounded_result(y, scale, dtype):
-    """Codes of a float32 result for a static scale."""
-    return reference.round_to(y, jnp.asarray(scale, jnp.float32).reshape(()), dtype)
+def rounded_result(y, scale, dtype) -> Any:
+    """Codes of a float32 result for a static scale; they have no gradient."""
+    scale = jnp.asarray(scale, jnp.float32).reshape(())
+    return jax.lax.stop_gradient(reference.round_to(y, scale, dtype))
 
 
 def check(activation, x_scale, out_dtype, out_scale):

@@ -99,11 +99,11 @@ def matmul(
         flat = flat.astype(jnp.float32)
     if isinstance(w, QuantizedTensor) and backend == "reference":
         dense = w.dequantize(jnp.float32)
-        y = _apply(flat, dense, False, How(None, activation, x_scale))
+        y: Any = _apply(flat, dense, False, How(None, activation, x_scale))
     else:
         y = _apply(flat, w, False, How(backend, activation, x_scale))
     if out_dtype is not None:
-        y = lax.stop_gradient(activations.rounded_result(y, out_scale, out_dtype))
+        y = activations.rounded_result(y, out_scale, out_dtype)
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
