@@ -27,12 +27,12 @@ CACHE_BYTES = 200 << 20
 """Four times the largest cache of a device: what calls rotate through."""
 
 
-def _shapes(batch, kv_heads, groups, length, width, kind, dtype="bfloat16"):
+def _shapes(batch, kv_heads, groups, length, width, kind, time=1):
     """Abstract q, cache, lengths."""
     cache = jax.eval_shape(
         lambda: reference.empty(batch, kv_heads, length, width, kind)
     )
-    q = jax.ShapeDtypeStruct((batch, kv_heads * groups, 1, width), dtype)
+    q = jax.ShapeDtypeStruct((batch, kv_heads * groups, time, width), jnp.bfloat16)
     return q, cache, jax.ShapeDtypeStruct((batch,), jnp.int32)
 
 
@@ -60,6 +60,47 @@ def tpu_cases() -> Iterator[dict]:
             "bar": None,
             "fast": groups == 4,
         }
+
+
+def gpu_cases() -> Iterator[dict]:
+    """Decode at 8192 tokens, and writes of a token and of a prompt, which XLA does.
+
+    Every kind and width of a head with few and with all queries that the kernel takes,
+    and with a window and a soft-cap. Rotations happen around the kernel.
+    """
+    for kind, width in itertools.product(reference.KINDS, (64, 128)):
+        yield _decode_case(kind, width, 4, rotate="both", fast=width == 128)
+        yield _decode_case(kind, width, 16, time=4)
+        yield _decode_case(kind, width, 4, rotate="keys", window=1024, softcap=30.0)
+        for time in (1, 1024):
+            yield _write_case(kind, width, time)
+
+
+def _decode_case(kind, width, groups, time=1, fast=False, **options):
+    q, cache, lengths = _shapes(8, 8, groups, 8192, width, kind, time=time)
+    assert specs.obstacle("gpu", specs.Problem.of(q, cache)) is None
+    run = functools.partial(api.decode_attention, backend="gpu", scale=0.088, **options)
+    more = "".join(f"-{k}-{v}" for k, v in options.items())
+    return {
+        "name": f"attention-{kind}-g{groups}-t{time}{more}-8x8x8192x{width}",
+        "fn": run,
+        "args": (q, cache, lengths),
+        "fast": fast,
+    }
+
+
+def _write_case(kind, width, time):
+    """In place: temporaries are those of the call's tokens."""
+    k, cache, _ = _shapes(8, 8, 1, 8192, width, kind, time=time)
+    return {
+        "name": f"attention-write-{kind}-t{time}-8x8x8192x{width}",
+        "fn": lambda k, v, cache, index: api.write_kv(k, v, cache, index),
+        "args": (k, k, cache, jax.ShapeDtypeStruct((), jnp.int32)),
+        "donate": (2,),
+        "kernels": False,
+        "temporaries": 4 * k.size + (1 << 20),
+        "fast": width == 128 and time == 1,
+    }
 
 
 def _random(kind, batch, kv_heads, groups, length, width, time, rotate, seed):

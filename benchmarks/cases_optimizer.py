@@ -152,8 +152,13 @@ def tpu_cases():
 
 
 def gpu_cases():
-    """Both updates, in float32 and with bfloat16 parameters; see `gpu_aot.py`."""
+    """Both updates, in float32 and with bfloat16 parameters; see `gpu_aot.py`.
+
+    In place: parameters and states are given up and nothing is copied.
+    """
     for case in tpu_cases():
         yield {key: case[key] for key in ("name", "args", "fast")} | {
-            "fn": functools.partial(step, case["kernel"], "gpu")
+            "fn": functools.partial(step, case["kernel"], "gpu"),
+            "donate": (0, 2),
+            "temporaries": 1 << 20,
         }

@@ -26,11 +26,13 @@ where each dict has
     fn           a function of arrays, jitted and compiled here
     args         its arguments as a tuple of pytrees of jax.ShapeDtypeStruct
     temporaries  greatest bytes of temporaries in device memory (default 64 MiB)
+    donate       numbers of the arguments that are updated in place (default none)
+    kernels      whether it has kernels of ours (default True)
     fast         whether CI compiles it (default False)
 """
 
 import argparse
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -120,7 +122,12 @@ def compiled(case, target):
     import jax
 
     sharding = jax.sharding.SingleDeviceSharding(target)
-    fn = jax.jit(case["fn"], in_shardings=sharding, out_shardings=sharding)
+    fn = jax.jit(
+        case["fn"],
+        in_shardings=sharding,
+        out_shardings=sharding,
+        donate_argnums=case.get("donate", ()),
+    )
     start = time.perf_counter()
     with Captured() as output:
         try:
@@ -144,7 +151,7 @@ def compiled(case, target):
         "temporaries": program.memory_analysis().temp_size_in_bytes,
     }
     row["ok"] = (
-        row["kernels"] > 0
+        bool(row["kernels"]) == case.get("kernels", True)
         and not row["spilled"]
         and not row["serialized"]
         and row["temporaries"] <= case.get("temporaries", 64 << 20)

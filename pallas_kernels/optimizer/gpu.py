@@ -2,9 +2,9 @@
 
 The flat arrays are cut into blocks of 256. A warpgroup holds a block as two elements
 per thread, read from memory with coalesced loads, decodes, updates, reduces the
-magnitude over its threads and writes everything back, to new arrays (these kernels take
-no aliases). Many warpgroups share a processor, so that one computes while others wait
-for memory; a block needs few registers. Arithmetic decoding and encoding (`dynamic`)
+magnitude over its threads and writes everything back where it was. Many warpgroups
+share a processor, so that one computes while others wait for memory; a block needs few
+registers. Arithmetic decoding and encoding (`dynamic`)
 keep tables out of it.
 
 Sizes that are no multiple of 4 blocks are refused.
@@ -50,52 +50,47 @@ def lion8(p: Any, g: Any, state: Any, hyper: Any, **options: Any) -> tuple[Any, 
 
 def _run(name, p, g, state, hyper, *, config=None, interpret=False):
     del config
-    blocks = p.size // BLOCK
-    flat = [x.reshape(-1) for x in (p, *state)]
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat]
-    operands = (hyper, g.reshape(-1), *flat)
+    arrays = (p, *state)
+    refs = [jax.new_ref(x.reshape(-1)) for x in arrays]
 
     def body(*refs):
         _kernel(name, lax.axis_index("run"), *refs)
 
-    body.__name__ = name  # what profiles show
-    call = plgpu.kernel(
+    call: Any = pl.kernel(
         body,
-        grid=(blocks // RUN,),
-        grid_names=("run",),
-        out_type=shapes,
+        mesh=plgpu.Mesh(grid=(p.size // BLOCK // RUN,), grid_names=("run",)),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-        interpret=interpret or None,
+        interpret=interpret,
+        name=name,
     )
-    new = call(*operands)
-    return tuple(x.reshape(y.shape) for x, y in zip(new, (p, *state), strict=True))
+    call(hyper, g.reshape(-1), *refs)
+    new = zip(refs, arrays, strict=True)
+    return tuple(jax.freeze(ref).reshape(x.shape) for ref, x in new)
 
 
 def _kernel(name, run, hyper_ref, g_ref, p_ref, *refs):
-    half = len(refs) // 2
-    olds, (p_out, *news) = refs[:half], refs[half:]
     hyper = Hyper(*(hyper_ref[i] for i in range(len(Hyper._fields))))
     first = run * RUN
     for r in range(RUN):
         block = first + r
         at = pl.ds(block * BLOCK, BLOCK)
         moments = []
-        for i in range(len(olds) // 2):
-            codes = olds[2 * i][at].astype(jnp.int32)
+        for i in range(len(refs) // 2):
+            codes = refs[2 * i][at].astype(jnp.int32)
             values = dynamic.decode(codes, signed=i == 0)
-            moments.append(values * olds[2 * i + 1][block])
+            moments.append(values * refs[2 * i + 1][block])
         adamw = functools.partial(update.adamw, root=_root)
         step: Any = adamw if name == "adamw8" else update.lion
         p, g = (ref[at].astype(jnp.float32) for ref in (p_ref, g_ref))
         p, *moments = step(p, g, *moments, hyper)
-        p_out[at] = p.astype(p_out.dtype)
+        p_ref[at] = p.astype(p_ref.dtype)
         for i, moment in enumerate(moments):
             absmax, inverse = update.reciprocal(jnp.max(jnp.abs(moment)))
             codes = update.encode(moment, inverse, signed=i == 0)
-            news[2 * i][at] = codes.astype(jnp.uint8)
-            news[2 * i + 1][block] = absmax
+            refs[2 * i][at] = codes.astype(jnp.uint8)
+            refs[2 * i + 1][block] = absmax
 
 
 def _root(x):

@@ -8,6 +8,7 @@ Backends are imported when they are asked for; one that cannot do what is asked 
 "xla" runs everywhere and is bit-identical to `qjax.quantize` with round-to-nearest.
 """
 
+import functools
 import importlib
 from typing import Any
 
@@ -81,9 +82,11 @@ def encode(
             f"{_NAME}: backend {backend!r} cannot encode {w.dtype} {list(w.shape)} as "
             f"{spec}: {reason}"
         )
+    multiply = scale is None and spec.kind == "table"
     if scale is None and (across > 1 or not module.finds_scales(spec)):
-        options["scale"] = scale_of(w, spec, across)
-    return module.encode(w, spec, **options, config=config, interpret=interpret)
+        scale = scale_of(w, spec, across)
+    run = functools.partial(module.encode, config=config, interpret=interpret)
+    return run(w, spec, table=table, scale=scale, multiply=multiply)
 
 
 def scale_of(w: Any, spec: WeightSpec, across: int = 1) -> Any:

@@ -15,13 +15,13 @@ that reach back into what others write too, with the same bytes.
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .. import versions
 from ..weights import Weight, WeightSpec
 from .reference import finite, weight_table
 from .rules import (
@@ -48,26 +48,29 @@ def encode(
     *,
     table: np.ndarray | None = None,
     scale: Any = None,
-    across: int = 1,
+    multiply: bool = False,
     config: Any = None,
     interpret: Any = False,
 ) -> Weight:
-    """See `api.encode`; `across` and scales of large groups are the caller's."""
-    del across, config
+    """See `api.encode`; scales of large groups are the caller's.
+
+    `multiply`: weights are multiplied by the reciprocals of the scales.
+    """
+    del config
     *lead, k, n = w.shape
     own = scale is None
     matrices = w.size // (k * n)
     chunks = 1 if own else gpu_chunks(spec)
     operands = [w.reshape(-1, n)]
-    shapes = [jax.ShapeDtypeStruct((matrices * spec.packed_k, n), jnp.uint8)]
-    scales = jax.ShapeDtypeStruct((matrices * spec.groups, n), jnp.float32)
+    shapes = [versions.result((matrices * spec.packed_k, n), jnp.uint8, w)]
+    scales = versions.result((matrices * spec.groups, n), jnp.float32, w)
     if own:
         shapes.append(scales)
     else:
         operands.append(scale.reshape(scales.shape))
 
     def encode_weight(*refs):
-        _kernel(spec, table, own, *map(lax.axis_index, _AXES), *refs)
+        _kernel(spec, table, own, multiply, *map(lax.axis_index, _AXES), *refs)
 
     codes, *found = plgpu.kernel(
         encode_weight,
@@ -89,7 +92,7 @@ def encode(
 _AXES = ("columns", "chunk", "group")
 
 
-def _kernel(spec, table, own, column, chunk, group, w_ref, *refs):
+def _kernel(spec, table, own, multiply, column, chunk, group, w_ref, *refs):
     """Finds the scales of a group and encodes it; given scales: encodes a chunk."""
     codes_ref, scale_ref = refs if own else reversed(refs)
     size, rows, chunks = min(spec.group, spec.k), gpu_rows(spec), gpu_chunks(spec)
@@ -106,10 +109,10 @@ def _kernel(spec, table, own, column, chunk, group, w_ref, *refs):
     def absmax(block):
         return functools.reduce(jnp.maximum, map(jnp.abs, block))
 
+    store = functools.partial(_store, spec, table, multiply, codes_ref, columns)
+
     def again(c, _):
-        _store(
-            spec, table, own, codes_ref, columns, *load(c), scale_ref[group, columns]
-        )
+        store(*load(c), scale_ref[group, columns])
         return 0
 
     if not own:
@@ -124,19 +127,18 @@ def _kernel(spec, table, own, column, chunk, group, w_ref, *refs):
     scale = scale_of(top, spec)
     scale_ref[group, columns] = scale
     if chunks == 1:
-        _store(spec, table, own, codes_ref, columns, row, block, scale)
+        store(row, block, scale)
     else:
         lax.fori_loop(0, chunks, again, 0)
 
 
-def _store(spec, table, own, codes_ref, columns, row, block, scale):
+def _store(spec, table, multiply, codes_ref, columns, row, block, scale):
     """Encodes, packs and writes rows from `row` on that share their scales."""
     unit = unit_rows(spec.bits)
-    by_table = own and spec.kind == "table"
-    each = multiplier(scale) if by_table else scale
+    each = multiplier(scale) if multiply else scale
     byte = row // unit * (unit * spec.bits // 8)
     for u in range(0, len(block), unit):
-        units = [x * each if by_table else x / each for x in block[u : u + unit]]
+        units = [x * each if multiply else x / each for x in block[u : u + unit]]
         codes = [encode_values(x, spec, table) for x in units]
         packed = codes if spec.bits == 8 else pack_rows(codes, spec.bits)
         for i, run in enumerate(packed):

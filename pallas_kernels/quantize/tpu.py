@@ -12,13 +12,13 @@ Scales of a whole column are found by XLA beforehand (a read of the weight more)
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from .. import versions
 from ..weights import Weight, WeightSpec
 from .reference import divided, finite, weight_table
 from .rules import (
@@ -46,12 +46,14 @@ def encode(
     *,
     table: np.ndarray | None = None,
     scale: Any = None,
-    across: int = 1,
+    multiply: bool = False,
     config: TpuConfig | None = None,
     interpret: Any = False,
 ) -> Weight:
-    """See `api.encode`; `across` and scales of whole columns are the caller's."""
-    del across
+    """See `api.encode`; scales of whole columns are the caller's.
+
+    `multiply`: weights are multiplied by the reciprocals of the scales.
+    """
     config = config or tpu_config(spec, w.dtype.itemsize)
     lead = w.shape[:-2]
     stack = w.reshape(-1, spec.k, spec.n)
@@ -64,17 +66,17 @@ def encode(
     fixed = pl.BlockSpec((None, 1, columns), lambda a, j, i: (a, 0, j))
     scales = block(groups) if spec.groups > 1 else fixed
     shape = (len(stack), spec.packed_k, spec.n)
-    shapes = [jax.ShapeDtypeStruct(shape, stored_dtype(spec))]
+    shapes = [versions.result(shape, stored_dtype(spec), w)]
     outs, operands, ins = [block(rows * spec.bits // 8)], [stack], [block(rows)]
     if scale is None:
         shape = (len(stack), spec.groups, spec.n)
-        shapes.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+        shapes.append(versions.result(shape, jnp.float32, w))
         outs.append(scales)
     else:
         operands.append(scale.reshape(-1, spec.groups, spec.n))
         ins.append(scales)
     codes, *found = pl.pallas_call(
-        functools.partial(_kernel, spec, table, scale is None),
+        functools.partial(_kernel, spec, table, scale is None, multiply),
         name="encode_weight",
         grid=(len(stack), pl.cdiv(spec.n, columns), pl.cdiv(spec.k, rows)),
         in_specs=ins,
@@ -106,7 +108,7 @@ def cost(w: Any, spec: WeightSpec) -> pl.CostEstimate:
     )
 
 
-def _kernel(spec, table, own, w_ref, *refs):
+def _kernel(spec, table, own, multiply, w_ref, *refs):
     """Encodes a tile: loops over columns of a register's width and over slabs."""
     *rest, wide_ref, bytes_ref = refs
     codes_ref, scale_ref = (rest[0], rest[1]) if own else (rest[1], rest[0])
@@ -126,7 +128,8 @@ def _kernel(spec, table, own, w_ref, *refs):
                     top = jnp.abs(wide_ref[start : start + size, :])
                     top = jnp.max(top, axis=0, keepdims=True)
                     scale_ref[at] = scale_of(top, spec)
-                parts = _bytes(wide_ref, start, size, scale_ref[at], own, spec, table)
+                rows = (wide_ref, start, size)
+                parts = _bytes(*rows, scale_ref[at], multiply, spec, table)
                 for run, part in zip(runs, parts, strict=True):
                     run.append(part)
             merged = [jnp.concatenate(run, axis=0) for run in runs]
@@ -149,15 +152,14 @@ def _byte_rows(bits):
     return unit_rows(bits) * bits // 8
 
 
-def _bytes(wide_ref, start, size, scale, own, spec, table):
+def _bytes(wide_ref, start, size, scale, multiply, spec, table):
     """Byte rows, as int32, of `size` rows of a slab that share a row of scales."""
     unit = unit_rows(spec.bits)
-    by_table = own and spec.kind == "table"
-    each = multiplier(scale) if by_table else scale
+    each = multiplier(scale) if multiply else scale
     codes = []
     for r in range(unit):
         at = pl.ds(start + r, size // unit, stride=unit if unit > 1 else None)
         row = wide_ref[at, :]
-        u = row * each if by_table else divided(row, each)
+        u = row * each if multiply else divided(row, each)
         codes.append(encode_values(u, spec, table))
     return codes if spec.bits == 8 else pack_rows(codes, spec.bits)

@@ -126,8 +126,7 @@ def _loop_max(rows):
             top = jnp.maximum(top, _size(part[..., j, :]))
         return top
 
-    start = jnp.zeros((*lead, n), jnp.float32)
-    return lax.fori_loop(0, group // step, widen, start)
+    return lax.fori_loop(0, group // step, widen, _size(rows[..., 0, :]))
 
 
 def _size(x):

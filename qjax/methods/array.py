@@ -14,6 +14,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
+import qjax.pallas_kernels.device as device
 from qjax.errors import NonFiniteError, SpecError
 from qjax.formats import Format, Int
 from qjax.formats.base import check_choice
@@ -107,6 +108,7 @@ def quantize(
             importance,
             key,
             treatment,
+            device.device_kind(),
         )
     q = with_dtype(q, "float32" if dtype == jnp.float64 else dtype.name)
     return Transposed(q) if axis == -1 else q
@@ -116,12 +118,13 @@ def _compute_dtype(dtype):
     return jnp.float32 if dtype == jnp.float64 else dtype
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 5))
-def _quantize(w, fmt, method, importance, key, nonfinite):
-    w = w.astype(jnp.float32)
+@functools.partial(jax.jit, static_argnums=(1, 2, 5, 6))
+def _quantize(w, fmt, method, importance, key, nonfinite, kind=None):
+    """Quantizes for a `kind` of device, which the choice of an encoder depends on."""
+    del kind
     if nonfinite == "none":
         return method(w, fmt, importance=importance, key=key)
-    finite = jnp.where(jnp.isfinite(w), w, 0.0)
+    finite = jnp.where(jnp.isfinite(w), w, jnp.zeros_like(w))
     if nonfinite == "clip":
         top = jnp.max(jnp.abs(finite))
         w = jnp.where(jnp.isinf(w), jnp.sign(w) * top, finite)

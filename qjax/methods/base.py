@@ -39,10 +39,10 @@ class Method(Described, abc.ABC):
         importance: Float[Array, "..."] | None = None,
         key: Array | None = None,
     ) -> QuantizedTensor:
-        """Quantizes a finite float32 weight.
+        """Quantizes a finite weight.
 
         Args:
-          w: weight, float32.
+          w: weight, float32, bfloat16 or float16, treated as its float32 value.
           fmt: the number format.
           importance: non-negative weights of the squared error, broadcastable to `w`
             (for example `[in, 1]`: mean squared activation per input).

@@ -6,12 +6,16 @@ same. They apply where a packing unit never crosses a group and nothing is padde
 all else they return None and the caller takes the general way.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+import qjax.pallas_kernels.device as device
 from qjax.formats import Cast, Format, Int
 from qjax.formats.codebook import Dynamic8, TableFormat
 from qjax.formats.minifloat import Minifloat
+from qjax.methods import encoders
 from qjax.pallas_kernels.quantize import xla
 from qjax.pallas_kernels.weights import WeightSpec
 
@@ -40,7 +44,7 @@ def group_absmax(
     """Largest magnitude of each group, in the shape scales are stored in.
 
     Args:
-      w: finite float32 weight.
+      w: finite float weight.
       fmt: the format.
 
     Returns:
@@ -69,7 +73,7 @@ def fused_codes(
     """Packed nearest codes of a weight.
 
     Args:
-      w: finite float32 weight.
+      w: finite float weight.
       fmt: the format.
       scale: effective scales as stored; None for a table format under its own absolute
         maxima, whose reciprocals multiply.
@@ -86,4 +90,27 @@ def fused_codes(
         across = group.size if group.kind == "block" else matrix[1]
         scale = jnp.repeat(scale, across, axis=-1)[..., : matrix[1]]
     table = fmt.table if isinstance(fmt, TableFormat) else None
-    return xla.encode(w, spec, table=table, scale=scale).codes
+    return encoders.encode(w, spec, table=table, scale=scale)
+
+
+def explain(shape: tuple[int, ...], fmt: Format, dtype: Any = jnp.float32) -> str:
+    """Says what would encode a weight with round-to-nearest, and why nothing else.
+
+    Args:
+      shape: of the weight, `[..., in, out]`.
+      fmt: the number format.
+      dtype: of the weight.
+
+    Returns:
+      One line, for example `xla: one fused loop (int4-g128, cpu)`.
+
+    Raises:
+      SpecError: a group is larger than its axis.
+    """
+    matrix, platform = (shape[-2], shape[-1]), device.platform()
+    spec = fused_spec(fmt, matrix)
+    if spec is None:
+        return f"xla: codes, then their packing ({fmt.name}, {platform})"
+    name, refused = encoders.choose(platform, spec, jnp.dtype(dtype))
+    because = "".join(f"; not {other}: {why}" for other, why in refused)
+    return f"{name}: {encoders.ENCODERS[name]} ({fmt.name}, {platform}{because})"

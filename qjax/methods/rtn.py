@@ -92,7 +92,8 @@ class RTN(Method):
         matrix = (w.shape[-2], w.shape[-1])
         rounder = key if self.stochastic else None
         if isinstance(fmt, Cast):
-            return assemble(fmt, _encode(fmt, w, rounder), None, matrix)
+            codes = _encode(fmt, w.astype(jnp.float32), rounder)
+            return assemble(fmt, codes, None, matrix)
         problem = Problem.build(w, fmt, importance)
         if isinstance(fmt, TableFormat) and self.rule in ("auto", "absmax"):
             return _absmax_table(problem, rounder)
@@ -135,12 +136,13 @@ class Problem(NamedTuple):
 
     @classmethod
     def build(cls, w, fmt: Format, importance=None) -> "Problem":
-        """Groups a float32 weight `[*lead, in, out]` and its error weights."""
+        """Groups a weight `[*lead, in, out]` and its error weights."""
+        full, w = w, w.astype(jnp.float32)
         group = fmt.grouping((w.shape[-2], w.shape[-1]))
         weight = None
         if importance is not None:
-            full = jnp.broadcast_to(importance.astype(jnp.float32), w.shape)
-            weight = group.split(full)
+            weight = jnp.broadcast_to(importance.astype(jnp.float32), w.shape)
+            weight = group.split(weight)
         mask = group.mask()
         if mask is not None:
             real = mask.astype(jnp.float32)
@@ -148,7 +150,7 @@ class Problem(NamedTuple):
         divisor = None
         if fmt.name == "nvfp4":
             divisor = nvfp4_divisor(jnp.max(jnp.abs(w), axis=(-2, -1), keepdims=True))
-        return cls(group.split(w), weight, fmt, group, divisor, w)
+        return cls(group.split(w), weight, fmt, group, divisor, full)
 
     @property
     def asymmetric(self) -> bool:
@@ -259,7 +261,7 @@ def round_to_scales(
     """Nearest codes of a weight for scales that are already known.
 
     Args:
-      w: float32 weight.
+      w: float weight.
       fmt: a format with scales.
       scale: the scale leaf as stored: shape `Grouping.scale_shape`, the format's dtype.
       zero: the zero-point leaf of an asymmetric `Int`, in unsigned code units.

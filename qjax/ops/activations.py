@@ -13,6 +13,7 @@ product; leaves of the weight see the rounded activations.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,8 +116,24 @@ def _backward(transpose, activation, backend, residuals, dy):
 rounded_product.defvjp(_forward, _backward)
 
 
-def check(activation, x_scale):
+def rounded_result(y, scale, dtype) -> Any:
+    """Codes of a float32 result for a static scale; they have no gradient."""
+    scale = jnp.asarray(scale, jnp.float32).reshape(())
+    return jax.lax.stop_gradient(reference.round_to(y, scale, dtype))
+
+
+def check(activation, x_scale, out_dtype, out_scale):
     """Raises unless the arguments of `matmul` that are about rounding fit."""
+    alone = (out_dtype is None) != (out_scale is None)
+    if alone or (out_scale is not None and jnp.size(out_scale) != 1):
+        raise SpecError(
+            f"matmul: out_dtype is {out_dtype!r} and out_scale {out_scale!r}, expected "
+            "neither, or a dtype and a scalar"
+        )
+    if out_dtype is not None and out_dtype not in DTYPES:
+        raise SpecError(
+            f"matmul: out_dtype is {out_dtype!r}, expected None or one of {DTYPES}"
+        )
     if activation is None and x_scale is not None:
         raise SpecError(
             "matmul: x_scale is given, but activation is None; name a dtype"

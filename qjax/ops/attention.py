@@ -14,15 +14,14 @@ import functools
 import logging
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 import qjax.pallas_kernels.device as device
 from qjax.errors import SpecError, UnsupportedError
-from qjax.ops.alone import alone_or
 from qjax.ops.blocks import same_variance
+from qjax.pallas_kernels.alone import alone_or
 from qjax.pallas_kernels.attention import api, reference, specs
 from qjax.pallas_kernels.attention.reference import KV
 
@@ -111,7 +110,7 @@ def decode_attention(
                 backend=name, **both,
             )  # fmt: skip
 
-        if name in ("xla", "reference") or jax.sharding.get_abstract_mesh().manual_axes:
+        if name in ("xla", "reference"):
             return call
         return functools.partial(alone_or, call, run("xla"))
 
@@ -206,9 +205,7 @@ def write_kv(
     arrays = (k, v, cache, jnp.asarray(index, jnp.int32), layer)
     if device.platform() != "tpu" or specs.write_obstacle(cache):
         return run("reference")(*arrays)
-    kernel = run("tpu")
-    if not jax.sharding.get_abstract_mesh().manual_axes:
-        kernel = functools.partial(alone_or, kernel, run("reference"))
+    kernel = functools.partial(alone_or, run("tpu"), run("reference"))
     return lax.platform_dependent(*arrays, tpu=kernel, default=run("reference"))
 
 

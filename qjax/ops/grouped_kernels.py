@@ -4,34 +4,22 @@ What `qjax.ops.kernels` is to one matrix, this is to a stack of experts: whether
 kernel takes it, the call, and what kernels leave out (NVFP4's divisor and a table's
 offset). Experts of one layer of a stack of layers are read where they lie.
 
-In a program on several devices a call computes the columns that a device has; shards
-along the contracted axis are summed when they hold whole groups, and rows are gathered,
-because groups are counted over all of them. (The compiler for TPUs cannot be told; see
-`qjax.ops.alone`. There such a program runs the loop of `qjax.ops.windows`, unless its
-mesh has explicit axes.) Experts that are themselves spread over devices are for
-`jax.shard_map`, where every device calls with its own groups. Under `jax.vmap` calls
-run one after the other.
+Calls split over devices as `qjax.ops.partition` says; on TPUs a program that its
+compiler splits runs the loop of `qjax.ops.windows`.
 """
 
-import dataclasses
 import functools
 import importlib
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-import qjax.pallas_kernels.device as device
 from qjax.errors import SpecError
 from qjax.ops import kernels, partition
-from qjax.ops.alone import alone_or
-from qjax.pallas_kernels.weights import KernelError, Weight, WeightSpec
+from qjax.pallas_kernels.weights import KernelError, WeightSpec
 from qjax.wrappers import LayerOf
 
 _ROOM = "qjax.pallas_kernels.grouped_matmul"
@@ -117,21 +105,7 @@ def run(
       SpecError: the arrays of `q` do not fit each other.
     """
     run = functools.partial(_finished, name, transpose)
-    return _alone(name, run, other, x, sizes, q)
-
-
-def _alone(name, run, other, *operands):
-    """`run`, or on TPUs `other` where a program is split over devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    inside = mesh.explicit_axes or mesh.manual_axes
-    if name != "tpu" or device.count() == 1 or inside:
-        return run(*operands)
-    leaves, tree = jax.tree.flatten(operands)
-
-    def flat_call(function):
-        return lambda *leaves: function(*jax.tree.unflatten(tree, leaves))
-
-    return alone_or(flat_call(run), flat_call(other), *leaves)
+    return partition.on_one(name, run, other, x, sizes, q)
 
 
 def _finished(name, transpose, x, sizes, q):
@@ -170,161 +144,36 @@ def run_gated(
         stacks = (flat(gate)[0], flat(up)[0])
         return _run(name, x, sizes, stacks, first, False, activation, True)
 
-    return _alone(name, run, other, x, sizes, gate, up)
+    return partition.on_one(name, run, other, x, sizes, gate, up)
 
 
 def _run(name, x, sizes, stacks, first, transpose, activation, plain):
     spec = kernels.kernel_spec(stacks[0])
     assert isinstance(spec, WeightSpec)  # `obstacle` was asked
-    weights = [kernels.kernel_weight(stack, spec) for stack in stacks]
-    names = tuple(n for n in Weight._fields if getattr(weights[0], n) is not None)
-    leaves = [getattr(w, n) for w in weights for n in names]
-    first = jnp.int32(0) if first is None else first
-    out_dtype = x.dtype if plain else jnp.dtype(jnp.float32)
-    call = _Call(name, spec, names, len(weights), transpose, activation, out_dtype)
+    options = {
+        "out_dtype": x.dtype if plain else jnp.dtype(jnp.float32),
+        "transpose": transpose,
+        "activation": activation,
+    }
     try:
-        return _mapped(call)(x, sizes, first, *leaves)
+        return partition.partitioned(
+            functools.partial(_call, name, options),
+            spec,
+            x,
+            [sizes, jnp.int32(0) if first is None else first],
+            [kernels.kernel_weight(stack, spec) for stack in stacks],
+            transpose=transpose,
+            independent=False,
+            linear=activation is None,
+            told=name != "tpu",
+        )
     except KernelError as error:
         raise SpecError(str(error)) from None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """One kernel call: what is static about it."""
-
-    name: str
-    spec: WeightSpec
-    names: tuple[str, ...]
-    count: int
-    transpose: bool
-    activation: str | None
-    out_dtype: Any
-
-    def local(self, spec: WeightSpec) -> Callable[..., Array]:
-        """The call on operands of a (shard's) spec."""
-
-        def run(x, sizes, first, *leaves):
-            size = len(self.names)
-            weights = tuple(
-                Weight(**dict(zip(self.names, leaves[i : i + size], strict=True)))
-                for i in range(0, self.count * size, size)
-            )
-            module = importlib.import_module(f"{_ROOM}.{self.name}")
-            return module.matmul(
-                x,
-                sizes,
-                weights,
-                spec,
-                first=first,
-                out_dtype=self.out_dtype,
-                transpose=self.transpose,
-                activation=self.activation,
-            )
-
-        return run
-
-
-def _mapped(call: _Call) -> Callable[..., Array]:
-    """Adds a rule for `jax.vmap`."""
-    run = custom_vmap(_spread(call))
-
-    @run.def_vmap
-    def rule(size, batched, *operands):  # pyright: ignore[reportUnusedFunction]
-        def one(i):
-            at = (v[i] if b else v for v, b in zip(operands, batched, strict=True))
-            return _mapped(call)(*at)
-
-        return jax.lax.map(one, jnp.arange(size)), True
-
-    return run
-
-
-def _spread(call: _Call) -> Callable[..., Array]:
-    """Adds the rule for programs on several devices."""
-    kernel = call.local(call.spec)
-
-    def run(*operands):
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.explicit_axes:
-            return _explicit(call, mesh, operands)
-        if device.count() == 1 or mesh.manual_axes or call.name == "tpu":
-            return kernel(*operands)
-        return _automatic(call)(*operands)
-
-    return run
-
-
-def _explicit(call: _Call, mesh, operands) -> Array:
-    """On a mesh whose shardings are part of types: a kernel per shard."""
-    types = [jax.typeof(operand) for operand in operands]
-    _, run, out, placed = _partition(call, mesh, types, None)
-    moved = [
-        jax.sharding.reshard(operand, place)
-        for operand, place in zip(operands, placed, strict=True)
-    ]
-    specs = tuple(place.spec for place in placed)
-    shards = jax.shard_map(run, in_specs=specs, out_specs=out.spec, check_vma=False)
-    return shards(*moved)
-
-
-def _automatic(call: _Call) -> Callable[..., Array]:
-    """Under `jit`, where compilers choose shardings and ask how the kernel splits."""
-    # jit keeps constants of the kernel to itself, which this rule cannot take.
-    run = custom_partitioning(jax.jit(call.local(call.spec)))
-    k, n = ("n", "k") if call.transpose else ("k", "n")
-    packed = {"codes": "l p n", "scale": "l g n", "zero": "l g n", "table": "l t"}
-    if call.spec.layout != "canonical":  # no axis of such codes is one of the matrix
-        packed["codes"] = "l a b"
-    rules = [packed[name] for name in call.names] * call.count
-    operands = ", ".join([f"m {k}", "e", "", *rules])
-    run.def_partition(
-        functools.partial(_partition, call), sharding_rule=f"{operands} -> m {n}"
-    )
-    return run
-
-
-def _partition(call: _Call, mesh, arguments, result):
-    """Where each operand goes and what each device computes."""
-    del result
-    codes, spec, rank = arguments[3], call.spec, len(arguments[3].shape)
-    along_k, along_n = (), ()
-    if spec.layout == "canonical":
-        along_k, along_n = partition._axes(codes, -2), partition._axes(codes, -1)
-    parts = math.prod(mesh.shape[a] for a in along_k)
-    # Sums over shards come before an activation.
-    if call.activation is not None or not partition._whole(spec, parts):
-        along_k, parts = (), 1
-    width = math.prod(mesh.shape[a] for a in along_n)
-    if spec.n % width:
-        along_n, width = (), 1
-    local = dataclasses.replace(
-        spec,
-        k=spec.k // parts,
-        n=spec.n // width,
-        group=min(spec.group, spec.k // parts),
-    )
-    inner, outer = (along_n, along_k) if call.transpose else (along_k, along_n)
-    run = call.local(local)
-
-    def lower(*operands):
-        y = run(*operands)
-        if not inner:
-            return y
-        return jax.lax.psum(y.astype(jnp.float32), inner).astype(y.dtype)
-
-    def place(*axes):
-        return NamedSharding(mesh, PartitionSpec(*(a or None for a in axes)))
-
-    shared = () if spec.groups == 1 else along_k
-    where = {
-        "codes": place(*((),) * (rank - 2), along_k, along_n),
-        "scale": place((), shared, along_n),
-        "zero": place((), shared, along_n),
-        "table": place((), ()),
-    }
-    placed = [place((), inner), place(()), place()]
-    placed += [where[name] for name in call.names] * call.count
-    return mesh, lower, place((), outer), tuple(placed)
+def _call(name, options, spec, x, sizes, first, *weights):
+    module = importlib.import_module(f"{_ROOM}.{name}")
+    return module.matmul(x, sizes, weights, spec, first=first, **options)
 
 
 def _expert_of_row(rows, sizes):

@@ -25,7 +25,7 @@ from qjax.errors import SpecError
 from qjax.formats import Cast, Format, Int
 from qjax.formats.codebook import TableFormat
 from qjax.formats.minifloat import Minifloat
-from qjax.ops.partition import partitioned
+from qjax.ops.partition import on_one, partitioned
 from qjax.pallas_kernels.weights import KernelError, Weight, WeightSpec
 from qjax.tensor import LayoutTensor, QuantizedTensor
 from qjax.wrappers import LayerOf
@@ -171,16 +171,22 @@ def run_kernel(
     if activation is not None:
         options = {"out_dtype": dtype, "activation": activation}
         options |= {"x_scale": 1.0} if coded else {}
-    call = functools.partial(_call, module(name, activation), tuple(options.items()))
-    weight = kernel_weight(q, spec)
-    extras, tree = jax.tree.flatten(q if layer is None else LayerOf(q, layer))
+    call = functools.partial(_call, module(name, activation), options)
 
-    def other(x, *leaves):
-        return split(x, jax.tree.unflatten(tree, leaves), dtype)
+    def kernel(x, q):
+        q, plain = (q.base, [q.layer]) if isinstance(q, LayerOf) else (q, [])
+        weight = kernel_weight(q, spec)
+        told = name != "tpu"
+        return partitioned(
+            call, spec, x, plain, [weight], transpose=transpose, told=told
+        )
 
-    spread = (other, extras) if name == "tpu" else (None, ())
+    def other(x, q):
+        assert split is not None  # for TPUs
+        return split(x, q, dtype)
+
     try:
-        y = partitioned(call, x, weight, spec, layer, transpose, *spread)
+        y = on_one(name, kernel, other, x, q if layer is None else LayerOf(q, layer))
     except KernelError as error:
         raise SpecError(str(error)) from None
     if divisor is not None:
@@ -191,5 +197,7 @@ def run_kernel(
     return y if coded else y.astype(x.dtype)
 
 
-def _call(kernel, options, x, weight, spec, layer):
-    return kernel.matmul(x, weight, spec, layer=layer, **dict(options))
+def _call(kernel, options, spec, x, *rest):
+    *layer, weight = rest
+    layer = layer[0] if layer else None
+    return kernel.matmul(x, weight, spec, layer=layer, **options)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 import qjax.pallas_kernels.device as device
 from qjax.errors import SpecError, UnsupportedError
@@ -57,7 +57,9 @@ def matmul(
     backend: str | None = None,
     activation: str | None = None,
     x_scale: Any = None,
-) -> Float[Array, "*batch out"]:
+    out_dtype: str | None = None,
+    out_scale: Any = None,
+) -> Shaped[Array, "*batch out"]:
     """Multiplies activations by a weight: `y = x W`, or `y = round(x) W`.
 
     Differentiable in `x` and in every float leaf of `w` (scales, zero-points, learned
@@ -74,12 +76,16 @@ def matmul(
         row (W8A8, W4A8); the gradient passes straight through. None keeps them.
       x_scale: static scale of the rounded activations instead, float32, a scalar or one
         per row; it has no gradient.
+      out_dtype: `"int8"` or `"float8_e4m3fn"` rounds the result, which is computed in
+        float32: `clip(round(y / out_scale))`, by XLA behind the product. None keeps it.
+      out_scale: static scale of a rounded result, a positive scalar.
 
     Returns:
-      `[*batch, out]` in the dtype of `x`.
+      `[*batch, out]` in the dtype of `x`, or codes of `out_dtype`, without gradient.
 
     Raises:
-      SpecError: shapes do not match, or `backend` is not a name.
+      SpecError: shapes do not match, an argument is missing that another needs, or
+        one is not a name.
       UnsupportedError: the named backend cannot do this product.
 
     Example:
@@ -87,13 +93,17 @@ def matmul(
     """
     x = jnp.asarray(x)
     _check(x.shape, x.dtype, w, backend)
-    activations.check(activation, x_scale)
+    activations.check(activation, x_scale, out_dtype, out_scale)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if out_dtype is not None:
+        flat = flat.astype(jnp.float32)
     if isinstance(w, QuantizedTensor) and backend == "reference":
         dense = w.dequantize(jnp.float32)
-        y = _apply(flat, dense, False, How(None, activation, x_scale))
+        y: Any = _apply(flat, dense, False, How(None, activation, x_scale))
     else:
         y = _apply(flat, w, False, How(backend, activation, x_scale))
+    if out_dtype is not None:
+        y = activations.rounded_result(y, out_scale, out_dtype)
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 

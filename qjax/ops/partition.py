@@ -8,13 +8,16 @@ each call says how it splits:
 * shards along the contracted axis are multiplied where they are and summed, provided
   that they hold whole groups and whole bytes; otherwise the weight is gathered, packed.
 
+Rows sorted by expert are gathered, because groups are counted over all of them. Experts
+that are themselves spread over devices are for `jax.shard_map`.
+
 On a mesh with explicit axes the kernel runs under `jax.shard_map` by this rule; with
 automatic axes the compiler applies it, but for TPUs, whose compiler cannot: there a
-program on several devices computes by XLA what kernels compute on one.
+program on several devices computes by XLA what kernels compute on one (`on_one`).
 
 Inside `jax.shard_map` there is nothing to split and the kernel runs on its shard. Under
-`jax.vmap` the call runs once per weight or, where only activations are mapped, once on
-all of them.
+`jax.vmap` the call runs once per weight or, where only activations are mapped and their
+rows are independent, once on all of them.
 """
 
 import dataclasses
@@ -31,65 +34,103 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 import qjax.pallas_kernels.device as device
-from qjax.ops.alone import alone_or
 from qjax.ops.blocks import same_variance
+from qjax.pallas_kernels.alone import alone_or
 from qjax.pallas_kernels.weights import Weight, WeightSpec
+
+
+def on_one(
+    name: str, kernel: Callable[..., Any], other: Callable[..., Any], *operands: Any
+) -> Any:
+    """`kernel(*operands)`, or `other` where a compiler for TPUs splits the program.
+
+    Args:
+      name: the kernel backend.
+      kernel: calls `partitioned`.
+      other: computes the same with operations that compilers can split.
+      *operands: pytrees of arrays.
+    """
+    if name != "tpu" or jax.sharding.get_abstract_mesh().explicit_axes:
+        return kernel(*operands)
+    return alone_or(kernel, other, *operands)
 
 
 def partitioned(
     call: Callable[..., Array],
-    x: Float[Array, "m k"],
-    weight: Weight,
     spec: WeightSpec,
-    layer: Any,
-    transpose: bool,
-    other: Callable[..., Array] | None = None,
-    extras: Sequence[Array] = (),
+    x: Float[Array, "m k"],
+    plain: Sequence[Array],
+    weights: Sequence[Weight],
+    *,
+    transpose: bool = False,
+    independent: bool = True,
+    linear: bool = True,
+    told: bool = True,
 ) -> Float[Array, "m n"]:
-    """`call(x, weight, spec, layer)`, split over devices and mapped over batches.
+    """`call(spec, x, *plain, *weights)`, split over devices and mapped over batches.
 
     Args:
-      call: the kernel.
+      call: the kernel; gets the spec and the arrays of a shard.
+      spec: the spec of the weights.
       x: activations, `[m, k]` or, transposed, `[m, n]`.
-      weight: its arrays, with a leading axis when there is a `layer`.
-      spec: its spec; `call` gets the spec of the shard.
-      layer: int32 scalar or None.
+      plain: scalars and vectors that every device needs whole.
+      weights: arrays of equal shapes, with or without one leading axis.
       transpose: whether `n` is the contracted axis.
-      other: on platforms whose compiler cannot be told how a kernel splits: computes
-        `other(x, *extras)`, the same product, in programs on several devices.
-      extras: its operands.
+      independent: whether a row of the result depends on one row of `x` only.
+      linear: whether results for parts of the contracted axis add up to the result.
+      told: whether the compiler can be told how the call splits.
     """
-    present = {k: v for k, v in weight._asdict().items() if v is not None}
-    split = _Split(call, spec, tuple(present), layer is not None, transpose, other)
-    operands = [x, *present.values()] + ([] if layer is None else [layer])
-    operands += extras
+    names = tuple(n for n in Weight._fields if getattr(weights[0], n) is not None)
+    split = _Split(
+        call,
+        spec,
+        names,
+        lead=weights[0].scale.ndim - 2,
+        plain=tuple(p.ndim for p in plain),
+        count=len(weights),
+        transpose=transpose,
+        independent=independent,
+        linear=linear,
+        told=told,
+    )
+    operands = [x, *plain, *(getattr(w, name) for w in weights for name in names)]
     y = _mapped(split)(*operands)
     return same_variance((y, *operands))[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """One kernel call: what is static about it."""
+    """One kernel call: what is static about it; see `partitioned`.
+
+    Attributes:
+      names: leaves that a weight has.
+      lead: their leading axes.
+      plain: ranks of the plain operands.
+      count: weights.
+    """
 
     call: Callable[..., Array]
     spec: WeightSpec
     names: tuple[str, ...]
-    stacked: bool
+    lead: int
+    plain: tuple[int, ...]
+    count: int
     transpose: bool
-    other: Callable[..., Array] | None = None
-
-    @property
-    def count(self) -> int:
-        """Operands of the kernel; those of `other` follow."""
-        return 1 + len(self.names) + self.stacked
+    independent: bool
+    linear: bool
+    told: bool
 
     def local(self, spec: WeightSpec) -> Callable[..., Array]:
         """The call on operands of a (shard's) spec."""
 
-        def run(x, *leaves):
-            layer = leaves[len(self.names)] if self.stacked else None
-            arrays = dict(zip(self.names, leaves, strict=False))
-            return self.call(x, Weight(**arrays), spec, layer)
+        def run(x, *rest):
+            plain, leaves = rest[: len(self.plain)], rest[len(self.plain) :]
+            size = len(self.names)
+            weights = (
+                Weight(**dict(zip(self.names, leaves[i : i + size], strict=True)))
+                for i in range(0, len(leaves), size)
+            )
+            return self.call(spec, x, *plain, *weights)
 
         return run
 
@@ -99,14 +140,14 @@ def _mapped(split: _Split) -> Callable[..., Array]:
     run = custom_vmap(_spread(split))
 
     @run.def_vmap
-    def rule(size, batched, x, *leaves):  # pyright: ignore[reportUnusedFunction]
-        if not any(batched[1:]):
+    def rule(size, batched, x, *rest):  # pyright: ignore[reportUnusedFunction]
+        if split.independent and not any(batched[1:]):
             rows = x.reshape(-1, x.shape[-1])
-            y = _mapped(split)(rows, *leaves)
+            y = _mapped(split)(rows, *rest)
             return y.reshape(size, -1, y.shape[-1]), True
 
         def one(i):
-            at = (v[i] if b else v for v, b in zip((x, *leaves), batched, strict=True))
+            at = (v[i] if b else v for v, b in zip((x, *rest), batched, strict=True))
             return _mapped(split)(*at)
 
         return jax.lax.map(one, jnp.arange(size)), True
@@ -118,22 +159,13 @@ def _spread(split: _Split) -> Callable[..., Array]:
     """Adds the rule for programs on several devices."""
     kernel = split.local(split.spec)
 
-    def run(x, *leaves):
+    def run(*operands):
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.explicit_axes:
-            return _explicit(split, mesh, (x, *leaves)[: split.count])
-        if device.count() == 1 or mesh.manual_axes:
-            return kernel(x, *leaves)
-        if split.other is None:
-            return _automatic(split)(x, *leaves)
-        extras = leaves[split.count - 1 :]
-        return alone_or(
-            lambda x, *all: kernel(x, *all[: split.count - 1]),
-            lambda x, *all: split.other(x, *all[split.count - 1 :]),  # pyright: ignore[reportOptionalCall]
-            x,
-            *leaves[: split.count - 1],
-            *extras,
-        )
+            return _explicit(split, mesh, operands)
+        if device.count() == 1 or mesh.manual_axes or not split.told:
+            return kernel(*operands)
+        return _automatic(split)(*operands)
 
     return run
 
@@ -155,37 +187,39 @@ def _automatic(split: _Split) -> Callable[..., Array]:
     """Under `jit`, where compilers choose shardings and ask how the kernel splits."""
     # jit keeps constants of the kernel to itself, which this rule cannot take.
     run = custom_partitioning(jax.jit(split.local(split.spec)))
-    lead = "l " if split.stacked else ""
+    lead = "l " * split.lead
     k, n = ("n", "k") if split.transpose else ("k", "n")
-    packed = {"codes": "p", "scale": "g", "zero": "g"}
-    rules = [
-        f"{lead}{packed[name]} n" if name in packed else f"{lead}t"
-        for name in split.names
-    ]
+    packed = {"codes": "p n", "scale": "g n", "zero": "g n", "table": "t"}
+    if split.spec.layout != "canonical":  # no axis of such codes is one of the matrix
+        packed["codes"] = "a b"
+    leaves = [lead + packed[name] for name in split.names] * split.count
     # A scalar has no factors; each axis of a tensor needs one.
-    operands = ", ".join([f"m {k}", *rules] + ([""] if split.stacked else []))
-    rule = f"{operands} -> m {n}"
+    plain = [f"e{i}" if rank else "" for i, rank in enumerate(split.plain)]
+    rule = f"{', '.join([f'm {k}', *plain, *leaves])} -> m {n}"
     run.def_partition(functools.partial(_partition, split), sharding_rule=rule)
     return run
 
 
 def _partition(split: _Split, mesh, arguments, result):
     """Where each operand goes and what each device computes."""
-    x, codes = arguments[0], arguments[1]
-    rows = _axes(x, 0)
-    along_k, along_n = _axes(codes, -2), _axes(codes, -1)
+    del result
+    spec, codes = split.spec, arguments[1 + len(split.plain)]
+    rows = _axes(arguments[0], 0) if split.independent else ()
+    along_k, along_n = (), ()
+    if spec.layout == "canonical":
+        along_k, along_n = _axes(codes, -2), _axes(codes, -1)
     parts = math.prod(mesh.shape[a] for a in along_k)
-    if not _whole(split.spec, parts):
+    if not split.linear or not _whole(spec, parts):
         along_k, parts = (), 1
     width = math.prod(mesh.shape[a] for a in along_n)
-    if split.spec.n % width or split.spec.layout != "canonical":
+    if spec.n % width:
         along_n, width = (), 1
     rows = tuple(a for a in rows if a not in along_k + along_n)
     local = dataclasses.replace(
-        split.spec,
-        k=split.spec.k // parts,
-        n=split.spec.n // width,
-        group=min(split.spec.group, split.spec.k // parts),
+        spec,
+        k=spec.k // parts,
+        n=spec.n // width,
+        group=min(spec.group, spec.k // parts),
     )
     inner, outer = (along_n, along_k) if split.transpose else (along_k, along_n)
     run = split.local(local)
@@ -199,16 +233,15 @@ def _partition(split: _Split, mesh, arguments, result):
     def place(*axes):
         return NamedSharding(mesh, PartitionSpec(*(a or None for a in axes)))
 
-    lead = ((),) * split.stacked
-    shared = split.spec.groups == 1
+    lead, shared = ((),) * split.lead, () if spec.groups == 1 else along_k
     where = {
         "codes": place(*lead, along_k, along_n),
-        "scale": place(*lead, () if shared else along_k, along_n),
-        "zero": place(*lead, () if shared else along_k, along_n),
+        "scale": place(*lead, shared, along_n),
+        "zero": place(*lead, shared, along_n),
         "table": place(*lead, ()),
     }
-    placed = [place(rows, inner), *(where[name] for name in split.names)]
-    placed += [place()] * split.stacked
+    placed = [place(rows, inner), *(place() for _ in split.plain)]
+    placed += [where[name] for name in split.names] * split.count
     return mesh, lower, place(rows, outer), tuple(placed)
 
 

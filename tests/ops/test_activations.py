@@ -9,7 +9,7 @@ import pytest
 
 from qjax.errors import SpecError, UnsupportedError
 from qjax.ops import explain, matmul
-from qjax.pallas_kernels.matmul_a8.reference import quantize_activations
+from qjax.pallas_kernels.matmul_a8.reference import TOP, quantize_activations
 
 from .conftest import random, weight, wrap
 
@@ -52,6 +52,27 @@ def test_wrappers_round_what_the_base_is_multiplied_by():
     )
 
 
+@pytest.mark.parametrize("out", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype, activation", [("bfloat16", None), ("float32", "int8")])
+def test_rounded_results(out, activation, dtype):
+    """Within a step of the exact result; clipped beyond the greatest code."""
+    q, x = weight("int4-g32"), random((2, 3, 96), 2, dtype)
+    exact = x if activation is None else rounded(x.reshape(6, 96), activation)
+    exact = exact.reshape(2, 3, 96).astype(jnp.float32) @ q.dequantize()
+    scale = jnp.max(jnp.abs(exact)) / 100
+    scale = scale / 4 if out == "float8_e4m3fn" else scale / 2
+    y = matmul(x, q, activation=activation, out_dtype=out, out_scale=scale)
+    assert y.dtype == jnp.dtype(out) and y.shape == exact.shape
+    top = TOP[out]
+    want = np.clip(np.asarray(exact / scale), -top, top)
+    step = 1.0 if out == "int8" else 2.0**-3 * np.abs(want) + 2.0**-9
+    far = np.abs(np.asarray(y.astype(jnp.float32)) - want)
+    assert (far <= 0.5 * step + 2e-5 * top).all()
+    assert np.abs(np.asarray(y.astype(jnp.float32))).max() == pytest.approx(
+        top, rel=0.15
+    )
+
+
 def test_gradient_passes_straight_through():
     q = weight("int4-g32")
     x = random((3, 96), 2)
@@ -88,5 +109,11 @@ def test_messages():
         matmul(x, q, activation="int4")
     with pytest.raises(SpecError, match="x_scale is given, but activation is None"):
         matmul(x, q, x_scale=jnp.float32(1))
+    with pytest.raises(SpecError, match="out_scale None, expected neither"):
+        matmul(x, q, out_dtype="int8")
+    with pytest.raises(SpecError, match="a dtype and a scalar"):
+        matmul(x, q, out_dtype="int8", out_scale=jnp.ones(40))
+    with pytest.raises(SpecError, match="out_dtype is 'uint8', expected None"):
+        matmul(x, q, out_dtype="uint8", out_scale=1.0)
     with pytest.raises(UnsupportedError, match=r"backend 'native' cannot .*int8"):
         matmul(x, q, activation="int8", backend="native")

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from qjax.formats import FP8, MXFP4, NF4, NVFP4, Cast, Int
-from qjax.methods import quantize
+from qjax.methods import RTN, quantize
+from qjax.methods.array import _quantize
 from qjax.ops import matmul, target
 
 ROWS, COLS = 4096, 14336
@@ -65,6 +66,20 @@ def test_int4(platform, rows, monkeypatch):
             x, dy = ((rows, ROWS), dtype), ((rows, COLS), dtype)
             assert temporaries(matmul, [x], fmt, sharding, kind) < LIMIT
             assert temporaries(gradient, [x, dy], fmt, sharding, kind) < LIMIT
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "fmt", [Int(4, 128), Int(8, "channel"), NF4(64), NVFP4()], ids=lambda f: f.name
+)
+def test_quantizing_on_a_tpu(fmt, dtype, monkeypatch):
+    """The kernel encodes; beside it there are absolute maxima and scales."""
+    place = device_sharding("v6e", monkeypatch)
+    w = jax.ShapeDtypeStruct((ROWS, COLS), dtype, sharding=place)
+    with target("TPU v6 lite"):
+        compiled = _quantize.lower(w, fmt, RTN(), None, None, "none", "v6e").compile()
+    assert "encode_weight" in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < LIMIT
 
 
 @pytest.mark.parametrize("platform", ["cpu", "v5e"])

@@ -4,6 +4,8 @@ Subclass `AttentionSuite` and say how to run; results are compared with attentio
 float64, written here with NumPy from the definition in `reference`.
 """
 
+import abc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,7 +76,7 @@ def problem(kind, *, batch, kv_heads, groups, time, length, width, dtype, seed,
     return draw(batch, kv_heads * groups, time, width), cache
 
 
-class AttentionSuite:
+class AttentionSuite(abc.ABC):
     """Cases; a subclass sets how to run and what fits."""
 
     compute = "float32"
@@ -85,9 +87,9 @@ class AttentionSuite:
     kinds = KINDS
     examples = 8
 
+    @abc.abstractmethod
     def run(self, q, cache, queries, keys, **options):
         """Calls the backend."""
-        raise NotImplementedError
 
     def check(self, q, cache, queries, keys, layer=None, **options):
         """Compares one call with float64."""

@@ -4,6 +4,7 @@ Subclass `UpdateSuite`, name the backend and its shapes. Results are compared wi
 reference within its bound; codes may be neighbours where a moment lies on a midpoint.
 """
 
+import abc
 from typing import Any, ClassVar
 
 import jax
@@ -69,7 +70,7 @@ def assert_close(got, want, size, unit=BOUND) -> None:
         assert (apart > 0).sum() <= 1 + 1e-3 * apart.size
 
 
-class UpdateSuite:
+class UpdateSuite(abc.ABC):
     """The cases; `backend`, `interpret` and `shapes` are the subclass's."""
 
     backend: ClassVar[str]
@@ -148,6 +149,6 @@ class UpdateSuite:
         shape = data.draw(self.draw_shape())
         self.check(rule, random_operands(rule, shape, seed=seed))
 
+    @abc.abstractmethod
     def draw_shape(self):
         """Shapes that the backend takes."""
-        raise NotImplementedError

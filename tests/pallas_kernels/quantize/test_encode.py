@@ -59,7 +59,7 @@ class TestTpu(EncodeSuite):
     interpret = pltpu.InterpretParams(detect_races=True)
     formats = (
         *("int1-g64", "int3-g64", "int4-g128", "int4-g0", "int8-g32"),
-        *("nf44-g64", "e2m14-g32", "e4m38-g128"),
+        *("nf44-g64", "nf44-g0", "e2m14-g32", "e4m38-g128"),
     )
 
     def test_many_tiles(self):

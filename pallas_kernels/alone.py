@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
+
+from . import device
 
 _choice = Primitive("qjax_alone")
 _choice.multiple_results = True
@@ -29,6 +31,8 @@ def alone_or(kernel: Callable[..., Any], other: Callable[..., Any], *operands) -
       other: computes the same with operations that compilers can split.
       *operands: pytrees of arrays.
     """
+    if device.count() == 1 or jax.sharding.get_abstract_mesh().manual_axes:
+        return kernel(*operands)
     leaves, tree = jax.tree.flatten(operands)
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     results = jax.eval_shape(other, *jax.tree.unflatten(tree, leaves))
@@ -51,6 +55,15 @@ def _types(*types, kernel, other):
     arguments = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in types]
     results = jax.eval_shape(other, *arguments)
     return [ShapedArray(result.shape, result.dtype) for result in results]
+
+
+def _batch(operands, axes, **functions):
+    mapped = {name: jax.vmap(f, axes) for name, f in functions.items()}
+    out = _choice.bind(*operands, **mapped)
+    return out, [0] * len(out)
+
+
+batching.primitive_batchers[_choice] = _batch
 
 
 def _lower(ctx, *operands, kernel, other):
