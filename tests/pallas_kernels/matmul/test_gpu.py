@@ -16,7 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qjax.pallas_kernels import hopper, versions
-from qjax.pallas_kernels.matmul import gpu, gpu_layout, gpu_specs, reference
+from qjax.pallas_kernels.matmul import (
+    gpu,
+    gpu_layout,
+    gpu_plan,
+    gpu_specs,
+    reference,
+)
 from qjax.pallas_kernels.matmul.api import quantized_matmul
 from qjax.pallas_kernels.weights import KernelError, WeightSpec
 
@@ -41,9 +47,7 @@ def plan_of(config, m, k, n, transpose=False):
     _, _, weight, spec = prepared("int4-g128", 128, 64)
     spec = dataclasses.replace(spec, k=k, n=n)
     x = jax.ShapeDtypeStruct((m, n if transpose else k), jnp.bfloat16)
-    return gpu._plan(
-        spec, x, weight, config, jnp.dtype("bfloat16"), transpose, False, False
-    )
+    return gpu_plan.make_plan(spec, x, weight, config, jnp.dtype("bfloat16"), transpose)
 
 
 @settings(max_examples=60, deadline=None)
@@ -65,17 +69,17 @@ def test_every_step_is_done_once(m, k, n, blocks, warpgroups, split, transpose):
     plan = plan_of(config, m, k, n, transpose)
     done, places = set(), {}
     for block in range(plan.blocks):
-        first, last = (int(v) for v in gpu._span(plan, block))
+        first, last = (int(v) for v in plan.span(block))
         assert first < last
         for step in range(first, last):
-            where = gpu._place(plan, block, step)
+            where = plan.place(block, step)
             assert where not in done
             done.add(where)
         if not split:
             assert first % plan.steps == last % plan.steps == 0
             continue
         for tile in range(first // plan.steps, -(-last // plan.steps)):
-            owner = gpu._owner(tile * plan.steps, plan)
+            owner = plan.owner(tile * plan.steps)
             places.setdefault(tile, []).append(block - owner)
     assert done == {(t, i) for t in range(plan.tiles) for i in range(plan.steps)}
     if split:
