@@ -34,7 +34,7 @@ class OnGpu(A8Suite):
         if layout.obstacle(spec):
             return None
         narrow = jnp.dtype(out).itemsize == 2
-        rest = gpu._rest(spec, w, activation)
+        rest = gpu.needs_sums(spec, w, activation)
         base = specs.gpu_default(spec, m, narrow, rest)
         operand = spec.bits == 4 or rest
         return dataclasses.replace(base, blocks=1, stages=2, operand=operand)
