@@ -10,7 +10,7 @@ _PARAMETERS: Any = getattr(plgpu, "InterpretGPUParams", None)
 
 needs_interpreter = pytest.mark.skipif(
     _PARAMETERS is None,
-    reason=f"the interpreter of GPU kernels came with jax 0.12; this is {jax.__version__}",
+    reason=f"GPU kernels are interpreted since jax 0.12; this is {jax.__version__}",
 )
 
 
