@@ -11,6 +11,18 @@ from collections.abc import Iterator
 
 import jax
 
+TPU_GENERATIONS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "7x",
+    "TPU v7x": "7x",
+}
+"""Of the kinds of devices that the TPU kernels know."""
+
 _TARGET: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "qjax_target", default=None
 )

@@ -25,8 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import hopper
-from ..matmul import gpu as dense
-from ..matmul import gpu_layout, gpu_specs
+from ..matmul import gpu_layout, gpu_plan, gpu_specs, gpu_tiles
 from ..matmul.gpu_specs import Config
 from ..weights import Weight, WeightSpec
 from . import specs
@@ -148,14 +147,12 @@ def matmul(
     where = specs.windows(group_sizes, m, config.tokens)
     count = where.expert.shape[0]
     parts = jnp.take(x, where.source, axis=0)
-    plan = dense._plan(
-        spec, parts, weights[0], config, out_dtype, transpose, False, False
-    )
+    plan = gpu_plan.make_plan(spec, parts, weights[0], config, out_dtype, transpose)
     parts = jnp.pad(parts, ((0, 0), (0, plan.inner - parts.shape[1])))
     expert = where.expert if first is None else where.expert + first.astype(jnp.int32)
     operands = [parts]
     for w in weights:
-        operands += [gpu_layout.words(w), dense._bits(w.scale)]
+        operands += [gpu_layout.words(w), gpu_layout.scales(w)]
         operands += [w.zero] if plan.zero else []
         if spec.kind == "table":
             operands.append(hopper.table_pairs(w.table, x.dtype))
@@ -361,13 +358,15 @@ def _compute(plan, own, place, warpgroup, stored, activation, out, scratch, inte
             start = (turn * len(stored) + i) * steps
             if "table" in weight:
                 _refill(weight["table"].at[expert], warpgroup, scratch, interpret)
-            total = dense._tile_sum(
+            total = gpu_tiles.tile_sum(
                 plan, interpret, warpgroup, start, start + steps, 0, scratch
             )
             if plan.mode == "end":
                 stats = [weight["scale"].at[expert]]
                 stats.append(weight["zero"].at[expert] if "zero" in weight else None)
-                total = dense._scaled_total(plan, total, (None, None, *stats), column)
+                total = gpu_tiles.scaled_total(
+                    plan, total, (None, None, *stats), column
+                )
             results.append(total[0])
         y = results[0]
         if activation is not None:
@@ -375,7 +374,7 @@ def _compute(plan, own, place, warpgroup, stored, activation, out, scratch, inte
         if config.split:
             out[window, pl.ds(column, 64), :] = y
         else:
-            dense._write(plan, warpgroup, y, None, out, column, window, scratch)
+            gpu_tiles.write(plan, warpgroup, y, None, out, column, window, scratch)
 
     lax.fori_loop(0, own, tile, None)
     if not config.split:

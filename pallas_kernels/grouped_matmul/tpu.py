@@ -20,13 +20,13 @@ import functools
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import versions
-from ..matmul import decode
-from ..matmul import tpu as dense
+from ..matmul import decode, tpu_plan, tpu_tiles
 from ..matmul.specs import Config
 from ..weights import Weight, WeightSpec
 from . import specs
@@ -76,7 +76,7 @@ def matmul(
     )
     # Operands of a bias or an activation are not rounded before it.
     inner = out_dtype if activation is None and bias is None else jnp.float32
-    plan = dense._plan(spec, config, x, weights[0], transpose, jnp.dtype(inner))
+    plan = tpu_plan.make_plan(spec, config, x, weights[0], transpose, jnp.dtype(inner))
     visits = specs.visits(group_sizes, m, config.rows)
     if first is not None:
         visits = visits._replace(expert=visits.expert + first.astype(jnp.int32))
@@ -91,12 +91,12 @@ def matmul(
 
 def _stored(plan, w):
     """The arrays as the kernels read them: bits of small floats, a wide table."""
-    table = None if w.table is None else dense._split(w.table, plan.terms)
+    table = None if w.table is None else tpu_plan.split(w.table, plan.terms)
     table = decode.table_operand(plan.dec, plan.spec, plan.tiles.chip, table)
     return Weight(
-        dense._bytes(plan, w.codes),
-        dense._stored(w.scale),
-        dense._stored(w.zero),
+        tpu_plan.code_bytes(plan, w.codes),
+        tpu_plan.stored(w.scale),
+        tpu_plan.stored(w.zero),
         table,
     )
 
@@ -125,7 +125,7 @@ def _operands(plan, weights, place):
             shared = w.table.ndim == 3  # the same for all experts
             table = w.table[None] if shared else w.table
             found[f"table{i}"] = (table, whole(table.shape[1:], not shared))
-    groups = dense._blocks(plan, _one(weights[0]), lambda i, j: 0).get("groups")
+    groups = tpu_plan.blocks(plan, _one(weights[0]), lambda i, j: 0).get("groups")
     if groups is not None:
         array = groups[0]
         found["groups"] = (array, pl.BlockSpec(array.shape, lambda *grid: (0, 0)))
@@ -133,7 +133,7 @@ def _operands(plan, weights, place):
 
 
 def _one(w):
-    """A weight whose table has an axis of layers, as `dense._blocks` wants it."""
+    """A weight whose table has an axis of layers, as `tpu_plan.blocks` wants it."""
     return w._replace(table=None)
 
 
@@ -141,7 +141,7 @@ def _scratch(plan, count):
     """Scratch of each weight."""
     found = {}
     for i in range(count):
-        for name, array in dense._staging(plan).items():
+        for name, array in tpu_plan.staging(plan).items():
             found[f"{name}{i}"] = array
         if plan.tiles.prefill and not plan.transpose:
             dtype = plan.dec.dtype if plan.after else jnp.bfloat16
@@ -182,7 +182,7 @@ class _Visit:
 def _forward(plan, call, x, visits, experts, weights, bias, activation):
     """Grid of column blocks by visits."""
     spec, tiles, m = plan.spec, plan.tiles, x.shape[0]
-    left, sums = dense._arranged(plan, x)
+    left, sums = tpu_plan.arranged(plan, x)
     m_tiles, n_tiles = -(-m // tiles.rows), -(-spec.n // tiles.columns)
 
     def row_tile(i, j, group, expert, tile, *_):
@@ -242,31 +242,31 @@ def _forward_kernel(plan, experts, activation, count, names, *arrays):
 
 def _fill_panel(plan, refs):
     """Decodes a block of an expert for all of its tiles."""
-    dense._stage(plan, refs)
+    tpu_tiles.stage(plan, refs)
     for r in range(plan.regions):
         lines = slice(r * plan.region, (r + 1) * plan.region)
         if not plan.after:
-            refs["panel"][0, lines, :] = dense._weight(plan, refs, r)
+            refs["panel"][0, lines, :] = tpu_tiles.weight(plan, refs, r)
             continue
         for term in range(plan.terms):
-            refs["panel"][term, lines, :] = dense._decoded(plan, refs, r, term)
+            refs["panel"][term, lines, :] = tpu_tiles.decoded(plan, refs, r, term)
 
 
 def _product(plan, refs):
     """A tile times a block."""
     if not plan.tiles.prefill:
-        dense._stage(plan, refs)
-        operand = functools.partial(dense._decoded, plan, refs)
-        return dense._accumulate(plan, refs, operand)
+        tpu_tiles.stage(plan, refs)
+        operand = functools.partial(tpu_tiles.decoded, plan, refs)
+        return tpu_tiles.accumulate(plan, refs, operand)
     if not plan.after:
-        return dense._dot(refs["x"][...], refs["panel"][0])
+        return tpu_tiles.dot(refs["x"][...], refs["panel"][0])
     for name, staged in zip(("scale", "zero"), plan.stages, strict=True):
         refs[name] = refs["staged_" + name] if staged else refs.get(name)
 
     def panel(r, term):
         return refs["panel"][term, r * plan.region : (r + 1) * plan.region, :]
 
-    return dense._accumulate(plan, refs, panel)
+    return tpu_tiles.accumulate(plan, refs, panel)
 
 
 def _transposed(plan, call, x, visits, experts, weights, bias, activation):
@@ -298,7 +298,7 @@ def _transposed(plan, call, x, visits, experts, weights, bias, activation):
     }
     order = plan.dec.order(plan.region)
     if plan.per > 1 and plan.after:
-        mask = dense.np.arange(-(-plan.per // 8) * 8)[:, None] == order // spec.group
+        mask = np.arange(-(-plan.per // 8) * 8)[:, None] == order // spec.group
         array = jnp.asarray(mask, jnp.float32)
         inputs["mask"] = (array, pl.BlockSpec(mask.shape, lambda *grid: (0, 0)))
     scratch = _scratch(plan, 1)
@@ -314,7 +314,7 @@ def _transposed(plan, call, x, visits, experts, weights, bias, activation):
         scratch,
     )[:m]
     if not plan.dec.natural:
-        y = y.reshape(m, plan.regions, plan.region)[:, :, dense.np.argsort(order)]
+        y = y.reshape(m, plan.regions, plan.region)[:, :, np.argsort(order)]
         y = y.reshape(m, plan.rows)
     y = y[:, : spec.k]
     if bias is None:
@@ -337,20 +337,20 @@ def _transposed_kernel(plan, experts, names, *arrays):
     @pl.when(visit.real)
     def _add():
         own = _own(refs, 0)
-        dense._stage(plan, own)
+        tpu_tiles.stage(plan, own)
         left = None
         for r in range(plan.regions):
-            first = dense._group_of(plan, r)
+            first = tpu_tiles.group_of(plan, r)
             lines = slice(r * plan.region, (r + 1) * plan.region)
             if not plan.after:
-                weight = dense._clean(plan, dense._weight(plan, own, r))
-                part = dense._dot(own["x"][...], weight, ((1,), (1,)))
+                weight = tpu_tiles.clean(plan, tpu_tiles.weight(plan, own, r))
+                part = tpu_tiles.dot(own["x"][...], weight, ((1,), (1,)))
             else:
-                same = r and plan.per == 1 and first == dense._group_of(plan, r - 1)
+                same = r and plan.per == 1 and first == tpu_tiles.group_of(plan, r - 1)
                 if not same:
-                    left = dense._scaled_left(plan, own, first)
+                    left = tpu_tiles.scaled_left(plan, own, first)
                 assert left is not None  # the first region made it
-                part = dense._transposed_part(plan, own, r, *left)
+                part = tpu_tiles.transposed_part(plan, own, r, *left)
             own["sum"][:, lines] += part
 
     @pl.when(step == pl.num_programs(1) - 1)

@@ -1,20 +1,24 @@
 """Weight-only products `x W`: arguments are checked here, once, for every backend.
 
-Backends are imported when they are asked for, so that a machine without a GPU never
-loads its compiler. Nothing is chosen here: `qjax.ops` decides which backend runs, and a
+Nothing is chosen here: `qjax.ops` decides which backend runs, and a
 backend that cannot do what is asked raises instead of falling back.
 """
 
-import importlib
 from typing import Any
 
 import jax.numpy as jnp
 
-from ..weights import KernelError, Weight, WeightSpec, check
+from ..arguments import (
+    BACKENDS,
+    FLOATS,
+    check_product,
+    load_backend,
+    one_of,
+    refuse,
+)
+from ..weights import Weight, WeightSpec
 from . import reference
 
-BACKENDS = ("tpu", "gpu", "cpu", "reference")
-ACTIVATIONS = ("float32", "bfloat16", "float16")
 _NAME = "quantized_matmul"
 
 
@@ -58,11 +62,9 @@ def quantized_matmul(
       KernelError: an argument does not fit, or the backend cannot do this; the message
         names the argument or gives the reason.
     """
-    if backend not in BACKENDS:
-        raise KernelError(
-            f"{_NAME}: backend is {backend!r}, expected one of {BACKENDS}"
-        )
-    _check(x, weight, spec, bias, layer, out_dtype, transpose)
+    one_of(_NAME, "backend", backend, BACKENDS)
+    check_product(_NAME, x, weight, spec, bias=bias, layer=layer, transpose=transpose)
+    _check_dtypes(weight, out_dtype)
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     if x.shape[0] == 0 or 0 in (spec.k, spec.n):
         return _empty(x.shape[0], spec, bias, out_dtype, transpose)
@@ -71,14 +73,9 @@ def quantized_matmul(
             x, weight, spec, bias=bias, layer=layer, transpose=transpose
         )
         return y.astype(out_dtype)
-    module = importlib.import_module(f"{__package__}.{backend}")
-    reason = module.obstacle(spec, x.shape[0], x.dtype, transpose=transpose)
-    if reason is not None:
-        turned = ", transposed" if transpose else ""
-        raise KernelError(
-            f"{_NAME}: backend {backend!r} cannot multiply {x.dtype} {list(x.shape)} "
-            f"by {spec}{turned}: {reason}"
-        )
+    module = load_backend(
+        _NAME, __package__, backend, spec, x, x.dtype, transpose=transpose
+    )
     return module.matmul(
         x,
         weight,
@@ -100,40 +97,12 @@ def _empty(m, spec, bias, dtype, transpose):
     return jnp.broadcast_to(bias.astype(dtype), (m, columns))
 
 
-def _refuse(argument, got, expected):
-    raise KernelError(f"{_NAME}: {argument} {got}, expected {expected}")
-
-
-def _check(x, weight, spec, bias, layer, out_dtype, transpose):
-    """Every argument against `spec`; backends see only what fits together."""
-    if getattr(x, "ndim", None) != 2:
-        _refuse("x has shape", list(getattr(x, "shape", ())), "two axes")
-    if jnp.dtype(x.dtype).name not in ACTIVATIONS:
-        _refuse("x has dtype", x.dtype, ACTIVATIONS)
-    if out_dtype is not None and jnp.dtype(out_dtype).name not in ACTIVATIONS:
-        _refuse("out_dtype is", out_dtype, ACTIVATIONS)
-    if spec.group < 1:
-        _refuse("spec.group is", spec.group, "at least 1 (k for one scale per column)")
-    inner, columns = (spec.n, spec.k) if transpose else (spec.k, spec.n)
-    if x.shape[1] != inner:
-        side = "columns of W (transpose)" if transpose else "rows of W"
-        _refuse("x has shape", list(x.shape), f"[m, {inner}], its columns the {side}")
-    if spec.layout == "canonical":
-        check(weight, spec, (x.shape[0], spec.k), name=_NAME)
+def _check_dtypes(weight, out_dtype):
+    """The dtypes of the weight's other arrays and of the result."""
     zero, table = weight.zero, weight.table
-    if zero is not None and jnp.dtype(zero.dtype).name not in (*ACTIVATIONS, "uint8"):
-        _refuse("zero has dtype", zero.dtype, (*ACTIVATIONS, "uint8"))
+    if out_dtype is not None:
+        one_of(_NAME, "out_dtype", jnp.dtype(out_dtype).name, FLOATS)
+    if zero is not None and jnp.dtype(zero.dtype).name not in (*FLOATS, "uint8"):
+        refuse(_NAME, "zero has dtype", zero.dtype, (*FLOATS, "uint8"))
     if table is not None and not jnp.issubdtype(table.dtype, jnp.floating):
-        _refuse("table has dtype", table.dtype, "float32")
-    if bias is not None and tuple(bias.shape) != (columns,):
-        _refuse("bias has shape", list(bias.shape), [columns])
-    if bias is not None and not jnp.issubdtype(bias.dtype, jnp.floating):
-        _refuse("bias has dtype", bias.dtype, "a float")
-    stacked = weight.codes.ndim == 3
-    if stacked and layer is None:
-        _refuse("layer is", None, "an int32 scalar, because codes have a layer axis")
-    if layer is not None:
-        if not stacked:
-            _refuse("layer is", "given", "None, because codes have no layer axis")
-        if jnp.ndim(layer) or not jnp.issubdtype(jnp.result_type(layer), jnp.integer):
-            _refuse("layer is", repr(layer), "an int32 scalar")
+        refuse(_NAME, "table has dtype", table.dtype, "float32")

@@ -60,6 +60,13 @@ def words(weight: Weight):
     return weight.codes.reshape(*weight.codes.shape[:-1], -1, hopper.THREADS)
 
 
+def scales(weight: Weight):
+    """Scales as kernels read them: 8-bit floats as bytes."""
+    if weight.scale.dtype == jnp.float8_e4m3fn:
+        return lax.bitcast_convert_type(weight.scale, jnp.uint8)
+    return weight.scale
+
+
 def prepack(weight: Weight, spec: WeightSpec) -> tuple[Weight, WeightSpec] | None:
     """A canonical weight in this layout.
 

@@ -28,18 +28,6 @@ from .. import device
 from ..weights import FIELDS, KernelError, WeightSpec
 from . import decode, layout
 
-CHIPS = {
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "TPU7x": "7x",
-    "TPU v7x": "7x",
-}
-"""`device_kind` to generation."""
-
 PARTS = {"bfloat16": 1, "float16": 2, "float32": 3}
 """Terms of 8 bits that add up to a number of each dtype."""
 
@@ -115,9 +103,10 @@ def chip(kind: str | None = None) -> str:
         kind = device.device_kind()
         if not kind.startswith("TPU"):
             return "v5e"
-    if kind not in CHIPS:
-        raise KernelError(f"TPU kernels know {sorted(set(CHIPS))}, not {kind!r}")
-    return CHIPS[kind]
+    known = device.TPU_GENERATIONS
+    if kind not in known:
+        raise KernelError(f"TPU kernels know {sorted(known)}, not {kind!r}")
+    return known[kind]
 
 
 def obstacle(

@@ -1,21 +1,26 @@
 """Products with 8-bit activations: arguments are checked here, once, for every backend.
 
-Backends are imported when they are asked for. Nothing is chosen here: `qjax.ops`
-decides which backend runs, and a backend that cannot do what is asked raises instead of
-falling back.
+Nothing is chosen here: `qjax.ops` decides which backend runs, and a backend that cannot
+do what is asked raises instead of falling back.
 """
 
-import importlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ..weights import KernelError, Weight, WeightSpec, check
+from ..arguments import (
+    BACKENDS,
+    FLOATS,
+    check_activations,
+    check_product,
+    load_backend,
+    one_of,
+    refuse,
+)
+from ..weights import Weight, WeightSpec
 from . import reference, specs
 
-BACKENDS = ("tpu", "gpu", "cpu", "reference")
-FLOATS = ("float32", "bfloat16", "float16")
 _NAME = "matmul_a8"
 
 
@@ -43,9 +48,9 @@ def quantize_activations(
     Raises:
       KernelError: an argument does not fit; the message names it.
     """
-    _one_of("backend", backend, BACKENDS)
-    _one_of("dtype", str(dtype), specs.ACTIVATIONS)
-    _check_x(x, FLOATS)
+    one_of(_NAME, "backend", backend, BACKENDS)
+    one_of(_NAME, "dtype", str(dtype), specs.ACTIVATIONS)
+    check_activations(_NAME, x, FLOATS)
     return reference.quantize_activations(x, str(dtype), scale)
 
 
@@ -93,8 +98,11 @@ def matmul_a8(
       KernelError: an argument does not fit, or the backend cannot do this; the message
         names the argument or gives the reason.
     """
-    _one_of("backend", backend, BACKENDS)
-    _check(x, weight, spec, activation, x_scale, bias, layer, out_dtype, out_scale)
+    one_of(_NAME, "backend", backend, BACKENDS)
+    one_of(_NAME, "activation", activation, specs.ACTIVATIONS)
+    dtypes = (*FLOATS, *specs.ACTIVATIONS)
+    check_product(_NAME, x, weight, spec, bias=bias, layer=layer, dtypes=dtypes)
+    _check_scales(x, x_scale, out_dtype, out_scale)
     activation = specs.activation_of(x.dtype) or activation
     float_in = specs.activation_of(x.dtype) is None
     out = jnp.dtype(out_dtype or (x.dtype if float_in else jnp.float32))
@@ -110,15 +118,11 @@ def matmul_a8(
         return jnp.zeros((x.shape[0], spec.n), out)
     if backend == "reference" or spec.k == 0:
         return reference.matmul_a8(x, weight, spec, **options)
-    module = importlib.import_module(f"{__package__}.{backend}")
     chip = getattr(config, "chip", None)
     known = {"chip": chip} if backend == "tpu" and chip else {}
-    reason = module.obstacle(spec, x.shape[0], x.dtype, activation=activation, **known)
-    if reason is not None:
-        raise KernelError(
-            f"{_NAME}: backend {backend!r} cannot multiply {activation} "
-            f"{list(x.shape)} by {spec}: {reason}"
-        )
+    module = load_backend(
+        _NAME, __package__, backend, spec, x, activation, activation=activation, **known
+    )
     if backend == "cpu":  # its results are floats; quantized ones are made behind it
         del options["out_scale"]
         options["out_dtype"] = jnp.dtype("float32") if out_scale is not None else out
@@ -128,59 +132,22 @@ def matmul_a8(
     return y
 
 
-def _refuse(argument, got, expected):
-    raise KernelError(f"{_NAME}: {argument} {got}, expected {expected}")
-
-
-def _one_of(argument, got, allowed):
-    if got not in allowed:
-        _refuse(f"{argument} is", repr(got), f"one of {allowed}")
-
-
-def _check_x(x, allowed):
-    if getattr(x, "ndim", None) != 2:
-        _refuse("x has shape", list(getattr(x, "shape", ())), "two axes")
-    if jnp.dtype(x.dtype).name not in allowed:
-        _refuse("x has dtype", x.dtype, f"one of {allowed}")
-
-
-def _check(x, weight, spec, activation, x_scale, bias, layer, out_dtype, out_scale):
-    """Every argument against `spec`; backends see only what fits together."""
-    _check_x(x, (*FLOATS, *specs.ACTIVATIONS))
-    _one_of("activation", activation, specs.ACTIVATIONS)
-    if spec.group < 1:
-        _refuse("spec.group is", spec.group, "at least 1 (k for one scale per column)")
-    if x.shape[1] != spec.k:
-        _refuse("x has shape", list(x.shape), f"[m, {spec.k}], its columns rows of W")
-    if spec.layout == "canonical":
-        check(weight, spec, x.shape, name=_NAME)
-    stacked = weight.codes.ndim == 3
-    if spec.layout == "canonical" and stacked and layer is None:
-        _refuse("layer is", None, "an int32 scalar, because codes have a layer axis")
-    if layer is not None:
-        if spec.layout == "canonical" and not stacked:
-            _refuse("layer is", "given", "None, because codes have no layer axis")
-        if jnp.ndim(layer) or not jnp.issubdtype(jnp.result_type(layer), jnp.integer):
-            _refuse("layer is", repr(layer), "an int32 scalar")
-    _check_scales(x, x_scale, out_dtype, out_scale)
-    if bias is not None and tuple(bias.shape) != (spec.n,):
-        _refuse("bias has shape", list(bias.shape), [spec.n])
-    if bias is not None and not jnp.issubdtype(bias.dtype, jnp.floating):
-        _refuse("bias has dtype", bias.dtype, "a float")
-
-
 def _check_scales(x, x_scale, out_dtype, out_scale):
     """Scales of the activations and of the result."""
     if specs.activation_of(x.dtype) and x_scale is None:
-        _refuse("x_scale is", None, f"the scale of the {x.dtype} codes")
+        refuse(_NAME, "x_scale is", None, f"the scale of the {x.dtype} codes")
     if x_scale is not None and jnp.size(x_scale) not in (1, x.shape[0]):
-        _refuse("x_scale has shape", list(jnp.shape(x_scale)), [x.shape[0], 1])
+        refuse(_NAME, "x_scale has shape", list(jnp.shape(x_scale)), [x.shape[0], 1])
     name = None if out_dtype is None else jnp.dtype(out_dtype).name
     if out_scale is None:
         if name is not None and name not in FLOATS:
-            _refuse("out_dtype is", repr(name), f"one of {FLOATS} without out_scale")
+            refuse(
+                _NAME, "out_dtype is", repr(name), f"one of {FLOATS} without out_scale"
+            )
         return
     if name not in specs.ACTIVATIONS:
-        _refuse("out_dtype is", repr(name), f"one of {specs.ACTIVATIONS}: out_scale")
+        refuse(
+            _NAME, "out_dtype is", repr(name), f"one of {specs.ACTIVATIONS}: out_scale"
+        )
     if jnp.size(out_scale) != 1:
-        _refuse("out_scale has shape", list(jnp.shape(out_scale)), "a scalar")
+        refuse(_NAME, "out_scale has shape", list(jnp.shape(out_scale)), "a scalar")

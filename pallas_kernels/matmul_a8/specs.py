@@ -44,16 +44,6 @@ CHIPS = {
     "v6e": Chip(100 << 20, 1, ("int8",)),
     "7x": Chip(52 << 20, 1, ("float8_e4m3fn",)),
 }
-_KINDS = {
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "TPU7x": "7x",
-    "TPU v7x": "7x",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +68,7 @@ class Config:
 
 def chip() -> str | None:
     """The TPU generation that is traced for, None if unknown."""
-    return _KINDS.get(device.device_kind())
+    return device.TPU_GENERATIONS.get(device.device_kind())
 
 
 def default(

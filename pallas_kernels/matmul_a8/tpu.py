@@ -36,10 +36,9 @@ from .. import versions
 from ..weights import KernelError, Weight, WeightSpec
 from . import reference, specs
 from .specs import LANES, Config
+from .tpu_plan import Plan
 
 F32 = jnp.float32
-PIECE = 512
-"""Rows of a weight with one scale per column that one product takes."""
 
 
 def obstacle(
@@ -127,17 +126,20 @@ def matmul(
     return y.astype(out)
 
 
-def _stat(array, layer):
+def _stat(array, layer, *, powers=False):
     """Scales or zero-points `[layers, groups, n]` as the kernel reads them, and layer.
 
     float32 and bfloat16 are read in place; others are converted here, one layer of
-    them, which costs a pass over a hundredth of the weight.
+    them, which costs a pass over a hundredth of the weight. `powers`: uint8 is E8M0.
     """
     if array.dtype in (jnp.float32, jnp.bfloat16):
         stacked = array if array.ndim == 3 else array[None]
         return stacked, jnp.int32(0) if layer is None else layer
     array = array if layer is None else array[layer]
-    return array.astype(F32)[None], jnp.int32(0)
+    value = array.astype(F32)
+    if powers and array.dtype == jnp.uint8:
+        value = jnp.exp2(value - 127)
+    return value[None], jnp.int32(0)
 
 
 def _call(
@@ -148,13 +150,7 @@ def _call(
     rows, columns = config.rows, config.columns
     layer = None if layer is None else jnp.asarray(layer, jnp.int32)
     codes = w.codes if w.codes.ndim == 3 else w.codes[None]
-    scale = w.scale
-    if scale.dtype == jnp.uint8:
-        layer_scale = scale if layer is None else scale[layer]
-        scale = jnp.exp2(layer_scale.astype(F32) - 127)[None]
-        scale_layer = jnp.int32(0)
-    else:
-        scale, scale_layer = _stat(scale, layer)
+    scale, scale_layer = _stat(w.scale, layer, powers=True)
     layers = [jnp.int32(0) if layer is None else layer, scale_layer]
     tiles, steps = -(-m // rows), -(-n // columns)
     cores = specs.CHIPS[config.chip].cores
@@ -191,8 +187,8 @@ def _call(
     if out_scale is not None:
         operands.append(jnp.asarray(out_scale, F32).reshape(1))
         in_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
-    plan = Plan(spec, config, activation, w.zero is not None)
-    plan.signed(codes.dtype)
+    signed = codes.dtype == jnp.int8
+    plan = Plan(spec, config, activation, w.zero is not None, signed)
     scratch = [
         pltpu.VMEM((plan.parts * rows, k), jnp.dtype(activation)),
         pltpu.VMEM((rows, 1), F32),
@@ -232,74 +228,6 @@ def _call(
         interpret=interpret,
         name=f"matmul_a8_{activation}",
     )(jnp.stack(layers), *operands)
-
-
-class Plan:
-    """What one kernel does, from static arguments.
-
-    Attributes:
-      spec, config, activation: as given.
-      parts: groups that share a product.
-      piece: rows of a product: a multiple of 128 that divides `k` and holds whole
-        groups, or a part of one group.
-      unit: rows whose activations are summed for the zero-point.
-      group: rows with one scale, at most `k`.
-      whole: one scale per column: sums stay as the matrix unit gives them.
-      nibbles: 4-bit codes are read as float8 numbers, without conversion.
-      unit_value: what a decoded code counts, but for the shift.
-      shift: what decoding subtracts from a code.
-      zero: whether zero-points are arrays.
-      rest: whether sums of the activations are needed.
-    """
-
-    def __init__(self, spec, config, activation, zero):
-        self.spec, self.config, self.activation = spec, config, activation
-        self.zero = zero
-        self.group = min(spec.group, spec.k)
-        self.whole = self.group == spec.k
-        self.parts = specs.parts(spec)
-        self.piece = self._piece()
-        self.unit = spec.k if self.whole else min(self.group, self.piece)
-        self.nibbles = spec.bits == 4 and not self.integer
-        self.unit_value = 2.0**-9 if self.nibbles else 1.0
-        self.shift = 0.0
-        if spec.kind == "int" and not self.nibbles:
-            self.shift = 2.0 ** (spec.bits - 1)
-        self.offset = spec.offset
-
-    def _piece(self):
-        wide = max(self.group, LANES)
-        if not self.whole and wide <= PIECE:
-            return wide if self.spec.k % wide == 0 else LANES
-        piece = PIECE
-        while self.group % piece or self.spec.k % piece:
-            piece -= LANES
-        return piece
-
-    def signed(self, dtype):
-        """For codes that are stored signed nothing is subtracted."""
-        if dtype == jnp.int8:
-            self.shift = 0.0
-
-    @property
-    def rest(self):
-        """Whether sums of the activations are needed."""
-        return self.zero or self.offset != self.shift
-
-    @property
-    def units(self):
-        """Sums per row that are kept."""
-        return self.spec.k // self.unit if self.rest else 1
-
-    @property
-    def integer(self):
-        """Whether the matrix unit gives integers."""
-        return self.activation == "int8"
-
-    @property
-    def sum_dtype(self):
-        """What sums are kept in."""
-        return jnp.int32 if self.integer and self.whole else F32
 
 
 def _kernel(layers, x, codes, scale, *refs, plan, given, bias, quantized):
@@ -399,7 +327,7 @@ def _sum_units(part, sums, i, plan):
     zero-points, times the one that is left.
     """
     rows, width = part.shape[0], min(plan.unit, plan.piece)
-    factor = plan.unit_value * (1.0 if plan.zero else plan.offset - plan.shift)
+    factor = plan.unit_value * (1.0 if plan.zero else plan.beyond)
     for q in range(plan.piece // width):
         total = jnp.sum(part[:, q * width : (q + 1) * width], axis=1, keepdims=True)
         unit = _quotient(i * plan.piece + q * width, plan.unit)
@@ -455,7 +383,7 @@ def _product(xq, sums, codes, scale, zero, total, cols, plan):
             less = sums[pl.ds(unit * rows, rows), :]
             less = jnp.tile(less, (1, plan.config.strip // LANES))
             if plan.zero:
-                rest = F32(plan.offset - plan.shift)
+                rest = F32(plan.beyond)
                 less = less * (row(zero, g) + rest)
             value = value - less
         return value * row(scale, g)

@@ -4,31 +4,30 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import export
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qjax.pallas_kernels import versions
 from qjax.pallas_kernels.attention import api, reference, specs
 from qjax.pallas_kernels.attention.reference import KINDS
 
+from ..gpu_interpreter import interpreter, needs_interpreter
 from .suite import AttentionSuite
 
-if versions.JAX >= (0, 12):
 
-    class TestGpu(AttentionSuite):
-        """Interpreted: races, barriers, and two splits of blocks of 64 slots."""
+@needs_interpreter
+class TestGpu(AttentionSuite):
+    """Interpreted: races, barriers, and two splits of blocks of 64 slots."""
 
-        dtypes = ("bfloat16",)
-        widths = (64,)
-        lengths = (128, 256)
-        groups = (1, 4)
-        examples = 4
+    dtypes = ("bfloat16",)
+    widths = (64,)
+    lengths = (128, 256)
+    groups = (1, 4)
+    examples = 4
 
-        def run(self, q, cache, queries, keys, **options):
-            return api.decode_attention(
-                q, cache, positions=keys, queries=queries, backend="gpu",
-                config=specs.Config(block=64, splits=2, stages=2),
-                interpret=plgpu.InterpretGPUParams(detect_races=True), **options,
-            )  # fmt: skip
+    def run(self, q, cache, queries, keys, **options):
+        return api.decode_attention(
+            q, cache, positions=keys, queries=queries, backend="gpu",
+            config=specs.Config(block=64, splits=2, stages=2),
+            interpret=interpreter(detect_races=True), **options,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qjax.pallas_kernels import versions
 from qjax.pallas_kernels.grouped_matmul import gpu, specs
 from qjax.pallas_kernels.grouped_matmul.api import grouped_gate_up, grouped_matmul
 from qjax.pallas_kernels.matmul import gpu_layout, gpu_specs
 
+from ..gpu_interpreter import interpreter, needs_interpreter
 from ..matmul.suite import FORMATS, random_weight
 from .suite import GroupedSuite, int32
 
@@ -107,26 +107,24 @@ def test_lowers_other_dtypes():
     assert "mosaic_gpu" in lowered("int4-g128", 600, out_dtype=jnp.float32)
 
 
-if versions.JAX >= (0, 12):  # the interpreter came with it
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+@needs_interpreter
+class TestGpu(GroupedSuite):
+    backend = "gpu"
+    refused = REFUSED
+    dtypes = ("bfloat16", "float16")
 
-    class TestGpu(GroupedSuite):
-        backend = "gpu"
-        refused = REFUSED
-        dtypes = ("bfloat16", "float16")
+    def interpret(self):
+        return interpreter(detect_races=True)
 
-        def interpret(self):
-            return plgpu.InterpretGPUParams(detect_races=True)
+    def prepared(self, weight, spec):
+        return gpu_layout.prepack(weight, spec) or (weight, spec)
 
-        def prepared(self, weight, spec):
-            return gpu_layout.prepack(weight, spec) or (weight, spec)
+    def config(self, m, spec, transpose, weights):
+        rows = 64 if transpose else 128
+        return gpu.Config(2, 8, rows, 2, blocks=2, smem_operand=True)
 
-        def config(self, m, spec, transpose, weights):
-            rows = 64 if transpose else 128
-            return gpu.Config(2, 8, rows, 2, blocks=2, smem_operand=True)
-
-        def test_whole_tiles(self):
-            config = gpu.Config(
-                2, 64, 64, 2, split=False, blocks=2, smem_operand=True, post=False
-            )
-            self.check("int4-g128", (70, 0, 5), config=config)
+    def test_whole_tiles(self):
+        config = gpu.Config(
+            2, 64, 64, 2, split=False, blocks=2, smem_operand=True, post=False
+        )
+        self.check("int4-g128", (70, 0, 5), config=config)

@@ -15,11 +15,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qjax.pallas_kernels import hopper, versions
-from qjax.pallas_kernels.matmul import gpu, gpu_layout, gpu_specs, reference
+from qjax.pallas_kernels import hopper
+from qjax.pallas_kernels.matmul import (
+    gpu,
+    gpu_layout,
+    gpu_plan,
+    gpu_specs,
+    reference,
+)
 from qjax.pallas_kernels.matmul.api import quantized_matmul
 from qjax.pallas_kernels.weights import KernelError, WeightSpec
 
+from ..gpu_interpreter import interpreter, needs_interpreter
 from .suite import FORMATS, random_weight, rows
 
 TAKEN = [name for name in FORMATS if name != "int4-g96-asym"]
@@ -41,9 +48,7 @@ def plan_of(config, m, k, n, transpose=False):
     _, _, weight, spec = prepared("int4-g128", 128, 64)
     spec = dataclasses.replace(spec, k=k, n=n)
     x = jax.ShapeDtypeStruct((m, n if transpose else k), jnp.bfloat16)
-    return gpu._plan(
-        spec, x, weight, config, jnp.dtype("bfloat16"), transpose, False, False
-    )
+    return gpu_plan.make_plan(spec, x, weight, config, jnp.dtype("bfloat16"), transpose)
 
 
 @settings(max_examples=60, deadline=None)
@@ -65,17 +70,17 @@ def test_every_step_is_done_once(m, k, n, blocks, warpgroups, split, transpose):
     plan = plan_of(config, m, k, n, transpose)
     done, places = set(), {}
     for block in range(plan.blocks):
-        first, last = (int(v) for v in gpu._span(plan, block))
+        first, last = (int(v) for v in plan.span(block))
         assert first < last
         for step in range(first, last):
-            where = gpu._place(plan, block, step)
+            where = plan.place(block, step)
             assert where not in done
             done.add(where)
         if not split:
             assert first % plan.steps == last % plan.steps == 0
             continue
         for tile in range(first // plan.steps, -(-last // plan.steps)):
-            owner = gpu._owner(tile * plan.steps, plan)
+            owner = plan.owner(tile * plan.steps)
             places.setdefault(tile, []).append(block - owner)
     assert done == {(t, i) for t in range(plan.tiles) for i in range(plan.steps)}
     if split:
@@ -281,34 +286,33 @@ def test_unusual_offsets_are_refused():
     assert "offset 8.3" in (gpu.obstacle(spec, 4, jnp.bfloat16) or "")
 
 
-# --- Products (the interpreter came with jax 0.12) -----------------------------------
+# --- Products -------------------------------------------------------------------------
 
-if versions.JAX >= (0, 12):
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+SMALL = gpu.Config(2, 8, 128, 2, blocks=3, smem_operand=True)
+MANY = gpu.Config(2, 64, 64, 2, split=False, blocks=2, smem_operand=True)
 
-    SMALL = gpu.Config(2, 8, 128, 2, blocks=3, smem_operand=True)
-    MANY = gpu.Config(2, 64, 64, 2, split=False, blocks=2, smem_operand=True)
 
-    def compare(name, m, k, n, config, dtype="bfloat16", *, layers=None, **options):
-        """One interpreted product against the reference."""
-        weight, spec, packed, changed = prepared(name, k, n, 1, layers)
-        transpose = options.get("transpose", False)
-        x = rows(m, n if transpose else k, dtype)
-        if options.pop("bias", False):
-            options["bias"] = rows(1, k if transpose else n, dtype, 3)[0]
-        if layers is not None:
-            options["layer"] = jnp.int32(layers - 1)
-        run = functools.partial(gpu.matmul, config=config, **options)
-        y = run(
-            x, packed, changed, interpret=plgpu.InterpretGPUParams(detect_races=True)
-        )
-        assert y.dtype == jnp.dtype(dtype)
-        wanted, bound = reference.exact(x, weight, spec, **options)
-        got = np.asarray(y.astype(jnp.float32), np.float64)
-        limit = reference.tolerance(wanted, bound, dtype)
-        assert got.shape == wanted.shape
-        assert (np.abs(got - wanted) <= limit).all()
+def compare(name, m, k, n, config, dtype="bfloat16", *, layers=None, **options):
+    """One interpreted product against the reference."""
+    weight, spec, packed, changed = prepared(name, k, n, 1, layers)
+    transpose = options.get("transpose", False)
+    x = rows(m, n if transpose else k, dtype)
+    if options.pop("bias", False):
+        options["bias"] = rows(1, k if transpose else n, dtype, 3)[0]
+    if layers is not None:
+        options["layer"] = jnp.int32(layers - 1)
+    run = functools.partial(gpu.matmul, config=config, **options)
+    y = run(x, packed, changed, interpret=interpreter(detect_races=True))
+    assert y.dtype == jnp.dtype(dtype)
+    wanted, bound = reference.exact(x, weight, spec, **options)
+    got = np.asarray(y.astype(jnp.float32), np.float64)
+    limit = reference.tolerance(wanted, bound, dtype)
+    assert got.shape == wanted.shape
+    assert (np.abs(got - wanted) <= limit).all()
 
+
+@needs_interpreter
+class TestInterpreted:
     @pytest.mark.parametrize(
         "name",
         [
@@ -322,26 +326,26 @@ if versions.JAX >= (0, 12):
             "fp8-e4m3",
         ],
     )
-    def test_interpreted(name):
+    def test_formats(self, name):
         compare(name, 5, 256, 200, SMALL)
 
     @pytest.mark.parametrize("name", ["int4-g128", "nf4-g64"])
-    def test_interpreted_transposed(name):
+    def test_transposed(self, name):
         config = dataclasses.replace(SMALL, rows=64)
         compare(name, 9, 250, 256, config, transpose=True, bias=True)
 
-    def test_interpreted_layers_and_bias():
+    def test_layers_and_bias(self):
         compare("int4-g128", 3, 300, 256, SMALL, layers=3, bias=True)
 
-    def test_interpreted_single_precision():
+    def test_single_precision(self):
         compare("int4-g128", 3, 256, 256, SMALL, "float32")
 
-    def test_interpreted_half_precision():
+    def test_half_precision(self):
         compare("int4-g64-f16", 3, 256, 256, SMALL, "float16")
 
-    def test_interpreted_whole_tiles():
+    def test_whole_tiles(self):
         compare("int4-g128", 70, 256, 256, MANY, bias=True)
 
-    def test_interpreted_ring_runs_around():
+    def test_ring_runs_around(self):
         config = dataclasses.replace(SMALL, blocks=1)
         compare("int4-g128", 5, 512, 512, config)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.mosaic import gpu as mgpu
 
 from qjax.pallas_kernels import hopper
+from qjax.pallas_kernels.hopper import codes as stored
 from qjax.pallas_kernels.matmul import gpu_layout, reference
 from qjax.pallas_kernels.weights import Weight, WeightSpec
 
@@ -72,9 +74,8 @@ def test_registers_are_those_of_the_tensor_core(codec, rng):
     """
     codes = random_codes(rng, codec, (64, 64))
     words = hopper.pack(jnp.asarray(codes), codec)[0]
-    pairs = np.asarray(
-        hopper._thread_codes(hopper._thread_words(words, codec), codec)
-    ).astype(np.int64)
+    own = stored.thread_words(words, codec)
+    pairs = np.asarray(stored.thread_codes(own, codec)).astype(np.int64)
     x = rng.integers(-3, 4, (64, 8))
     total = np.zeros((64, 8), np.int64)
     for step in range(4):
@@ -91,7 +92,7 @@ def test_registers_are_those_of_the_tensor_core(codec, rng):
 
 
 def test_the_compiler_numbers_registers_so():
-    shape = hopper.mgpu.WGMMA_LAYOUT.registers_shape((64, 64))
+    shape = mgpu.WGMMA_LAYOUT.registers_shape((64, 64))
     assert shape == (1, 8, 1, 1, 2, 1, 1, 1, 1)
 
 

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 from jax import export
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qjax.pallas_kernels.matmul_a8 import gpu, layout, specs
 from qjax.pallas_kernels.matmul_a8.api import matmul_a8
 from qjax.pallas_kernels.weights import KernelError, WeightSpec
 
+from ..gpu_interpreter import interpreter, needs_interpreter
 from .suite import FORMATS, A8Suite, random_weight, rows
 
-INTERPRETED = hasattr(plgpu, "InterpretGPUParams")
 STORED = [n for n in FORMATS if layout.obstacle(random_weight(n, 512, 64)[1]) is None]
 
 
@@ -28,13 +27,13 @@ class OnGpu(A8Suite):
     shapes = ((1, 256, 128), (9, 200, 100), (70, 128, 60))
 
     def interpret(self):
-        return plgpu.InterpretGPUParams()  # pyright: ignore
+        return interpreter()
 
     def config(self, m, spec, activation, out, w):
         if layout.obstacle(spec):
             return None
         narrow = jnp.dtype(out).itemsize == 2
-        rest = gpu._rest(spec, w, activation)
+        rest = gpu.needs_sums(spec, w, activation)
         base = specs.gpu_default(spec, m, narrow, rest)
         operand = spec.bits == 4 or rest
         return dataclasses.replace(base, blocks=1, stages=2, operand=operand)
@@ -46,15 +45,11 @@ class OnGpu(A8Suite):
         return gpu.obstacle(spec, m, dtype, activation=activation)
 
 
-if INTERPRETED:
-
-    class TestInterpreted(OnGpu):
-        pass
-
-    def test_whole_tiles():
-        suite = OnGpu()
-        for name in ("w8", "w4-g128"):
-            suite.check(name, 70, 256, 128, "bfloat16", bias=True)
+@needs_interpreter
+class TestInterpreted(OnGpu):
+    @pytest.mark.parametrize("name", ["w8", "w4-g128"])
+    def test_whole_tiles(self, name):
+        self.check(name, 70, 256, 128, "bfloat16", bias=True)
 
 
 def lower(function, *arguments):
