@@ -7,11 +7,12 @@ Refuses, naming the argument: shapes that do not belong together, unknown kinds,
 calls that `specs.obstacle` has a reason against.
 """
 
+import importlib
 from typing import Any
 
 import jax.numpy as jnp
 
-from . import reference, specs
+from . import cpu, reference, specs
 from .reference import KV
 
 
@@ -51,8 +52,8 @@ def decode_attention(
       softcap: Bound of the scores, or None.
       scale: Factor of the scores; may be traced.
       rotate: As the cache was written: "none", "keys" or "both".
-      backend: "tpu", "gpu" or "reference".
-      config: Tiles; tuned ones by default.
+      backend: "tpu", "gpu", "native" (CPU) or "reference".
+      config: Tiles of a Pallas kernel; tuned ones by default.
       interpret: Passed to the kernel's `pallas_call`.
 
     Returns:
@@ -80,22 +81,21 @@ def decode_attention(
         )  # fmt: skip
         return y.astype(q.dtype)
     problem = specs.Problem.of(q, cache)
-    if backend not in ("tpu", "gpu"):
+    if backend not in ("tpu", "gpu", "native"):
         raise AttentionError(
-            f"decode_attention: backend is {backend!r}, expected 'tpu', 'gpu' or "
-            "'reference'; choose one"
+            f"decode_attention: backend is {backend!r}, expected 'tpu', 'gpu', "
+            "'native' or 'reference'; choose one"
         )
     if reason := specs.obstacle(backend, problem):
         raise AttentionError(f"decode_attention: backend {backend!r}: {reason}")
-    if backend == "tpu":
-        from .tpu import attention as run
-    else:
-        from .gpu import attention as run
     turned = reference.hadamard(q) if rotate != "none" else q
-    y = run(
-        turned, cache, queries, positions, layer=layer, window=window,
-        softcap=softcap, scale=scale, config=config, interpret=interpret,
-    )  # fmt: skip
+    options = {"layer": layer, "window": window, "softcap": softcap, "scale": scale}
+    if backend == "native":
+        y = cpu.attention(turned, cache, queries, positions, **options)
+    else:
+        module = importlib.import_module(f"{__package__}.{backend}")
+        options |= {"config": config, "interpret": interpret}
+        y = module.attention(turned, cache, queries, positions, **options)
     return reference.hadamard(y) if rotate == "both" else y
 
 

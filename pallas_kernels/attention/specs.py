@@ -10,6 +10,7 @@ import math
 import jax.numpy as jnp
 
 from ..device import device_kind
+from . import cpu
 from .reference import KINDS, KV
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -113,7 +114,7 @@ def obstacle(backend: str, problem: Problem) -> str | None:
     """Returns why a kernel cannot do a call, or None.
 
     Args:
-      backend: "tpu" or "gpu".
+      backend: "tpu", "gpu" or "native".
       problem: The call.
     """
     p = problem
@@ -123,6 +124,8 @@ def obstacle(backend: str, problem: Problem) -> str | None:
         return f"queries are {p.dtype}; kernels take {', '.join(DTYPES)}"
     if min(p.batch, p.heads, p.time, p.length) < 1:
         return "an axis is empty"
+    if backend == "native":
+        return cpu.obstacle(p.head_dim, p.kind, p.dtype, p.scale_dtype)
     return {"tpu": _tpu_obstacle, "gpu": _gpu_obstacle}[backend](p)
 
 

@@ -19,7 +19,7 @@ from qjax.models.cache import FloatKV, LayerCache, Positions, QuantizedKV
 from qjax.models.config import ModelConfig
 from qjax.models.layers import Leaves, Norm, below, linear
 from qjax.models.rope import apply_rope
-from qjax.ops.attention import cached_attention
+from qjax.ops.attention import cached_attention, float_attention
 
 MAX_SCORES = 2**26
 MASKED = -1e30  # finite: a row that sees nothing averages instead of giving NaN
@@ -191,9 +191,25 @@ class Attention(nnx.Module):
             turned = jnp.swapaxes(q, 1, 2)
             mixed = cached_attention(turned, k, v, stored.kv, *where, **options)
             return jnp.swapaxes(mixed, 1, 2)
-        if cache is not None and isinstance(stored, FloatKV):
-            k, v = stored.read(cache.layer)
-        groups = config.heads // config.kv_heads
-        q = q.reshape(*q.shape[:2], config.kv_heads, groups, config.head_dim)
         where = (positions.queries, positions.keys)
-        return _attend_in_parts(q, k, v, *where, **options)
+        softcap = options["softcap"]
+
+        def plain(q, k, v, queries, keys, scale, window):
+            groups = config.heads // config.kv_heads
+            q = q.reshape(*q.shape[:2], config.kv_heads, groups, config.head_dim)
+            options = {"scale": scale, "window": window, "softcap": softcap}
+            return _attend_in_parts(q, k, v, queries, keys, **options)
+
+        if cache is None or not isinstance(stored, FloatKV):
+            return plain(q, k, v, *where, options["scale"], options["window"])
+
+        def layer_wise(q, keys, values, queries, positions, layer, scale, window):
+            k, v = FloatKV(keys, values).read(layer)
+            q = jnp.swapaxes(q, 1, 2)
+            mixed = plain(q, k, v, queries, positions, scale, window)
+            return jnp.swapaxes(mixed.reshape(q.shape), 1, 2)
+
+        turned = jnp.swapaxes(q, 1, 2)
+        arrays = (turned, stored.keys, stored.values, *where, cache.layer)
+        mixed = float_attention(layer_wise, *arrays, **options)
+        return jnp.swapaxes(mixed, 1, 2)

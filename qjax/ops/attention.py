@@ -12,8 +12,10 @@ one block.
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -22,7 +24,7 @@ import qjax.pallas_kernels.device as device
 from qjax.errors import SpecError, UnsupportedError
 from qjax.ops.blocks import same_variance
 from qjax.pallas_kernels.alone import alone_or
-from qjax.pallas_kernels.attention import api, reference, specs
+from qjax.pallas_kernels.attention import api, cpu, reference, specs
 from qjax.pallas_kernels.attention.reference import KV
 
 logger = logging.getLogger("qjax.ops")
@@ -34,12 +36,18 @@ MAX_SCORES = 1 << 26
 BACKENDS = {
     "tpu": "Pallas kernel over blocks of slots, decoded in vector memory",
     "gpu": "Pallas Mosaic GPU kernel, split over slots, decoded once per block",
+    "native": "C++ kernel, decodes a block of slots at a time",
     "xla": "a loop over blocks of slots, each decoded once",
     "reference": "the whole cache as floats, for comparison",
 }
 """Backends by name, with what they do."""
 
-PREFERENCE = {"tpu": ("tpu", "xla"), "cuda": ("gpu", "xla"), "default": ("xla",)}
+PREFERENCE = {
+    "cpu": ("native", "xla"),
+    "tpu": ("tpu", "xla"),
+    "cuda": ("gpu", "xla"),
+    "default": ("xla",),
+}
 """Backends to try in order, by platform."""
 
 
@@ -128,7 +136,7 @@ def decode_attention(
             )
         return run(backend)(*arrays)
     # As for products: of accelerators, only the one traced for has its kernels chosen.
-    platforms = {"default", device.platform()} & set(PREFERENCE)
+    platforms = {"cpu", "default", device.platform()} & set(PREFERENCE)
     names = {key: choose(key, problem)[0] for key in sorted(platforms)}
     logger.debug("attention %s: %s", problem, names)
     if len(names) == 1 or set(names.values()) == {"xla"}:
@@ -172,6 +180,62 @@ def cached_attention(
         cache = KV(*(lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache))
         layer = None
     return _blockwise(q, cache, queries, keys, layer, fresh=(k, v), **options)
+
+
+def float_attention(
+    other: Callable[..., Array],
+    q: Float[Array, "batch heads time head_dim"],
+    keys: Float[Array, "layers batch kv_heads length head_dim"],
+    values: Float[Array, "layers batch kv_heads length head_dim"],
+    queries: Int[Array, "batch time"],
+    positions: Int[Array, "batch length"],
+    layer: Int[Array, ""],
+    scale: float | Float[Array, ""],
+    window: Int[Array, ""] | None,
+    softcap: float | None,
+) -> Float[Array, "batch heads time head_dim"]:
+    """Returns attention of a call's tokens over a cache of floats.
+
+    Up to `DECODE_TOKENS` tokens on CPU run the native kernel, which reads the layer in
+    its stack; everything else, and gradients, `other`.
+
+    Args:
+      other: computes `other(q, keys, values, queries, positions, layer, scale, window)`
+        by operations that XLA knows.
+      q: Queries.
+      keys: Keys of all layers.
+      values: Values of all layers.
+      queries: Positions of queries; -1 sees nothing, and its result means nothing.
+      positions: Positions of slots; -1 is never seen.
+      layer: Which layer.
+      scale: Factor of the scores.
+      window: Positions seen, or None for all.
+      softcap: Bound of the scores, or None.
+    """
+    arrays = (q, keys, values, queries, positions, layer, scale, window)
+    name = keys.dtype.name
+    reason = cpu.obstacle(q.shape[-1], name, q.dtype.name, "float32")
+    if q.shape[2] > DECODE_TOKENS or values.dtype != keys.dtype or reason:
+        return other(*arrays)
+    kernel = functools.partial(alone_or, functools.partial(_native, softcap), other)
+    run = jax.custom_vjp(
+        lambda *arrays: lax.platform_dependent(*arrays, cpu=kernel, default=other)
+    )
+
+    def backward(arrays, dy):
+        floats, rest = arrays[:3], arrays[3:]
+        _, pull = jax.vjp(lambda *floats: other(*floats, *rest), *floats)
+        return (*pull(dy), *[None] * len(rest))
+
+    run.defvjp(lambda *arrays: (run(*arrays), arrays), backward)
+    return run(*arrays)
+
+
+def _native(softcap, q, keys, values, queries, positions, layer, scale, window):
+    return cpu.attention(
+        q, (keys, values), queries, positions, layer=layer, scale=scale,
+        window=window, softcap=softcap,
+    )  # fmt: skip
 
 
 def write_kv(
