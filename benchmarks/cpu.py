@@ -8,7 +8,8 @@ all contestants alike. A plain native read loop over a buffer of the same size a
 packed int4 weight gives the bandwidth of the machine in the same run. Contestants
 rotate over copies of their weight, 96 MB together at least, so that a call finds none
 of it in a cache. `roof` is the part of that bandwidth that a call reaches, counted on
-the packed bytes of codes, scales and zero-points.
+the packed bytes of codes, scales and zero-points. Weights are in the layout that
+`qjax.prepack` makes, or with `--canonical` in the one at rest.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.pallas_kernels import native
-from qjax.pallas_kernels.matmul import cpu
+from qjax.pallas_kernels.matmul import cpu, cpu_layout
 from qjax.pallas_kernels.matmul_a8 import cpu as cpu_a8
 from qjax.pallas_kernels.weights import Weight, WeightSpec
 
@@ -41,7 +42,7 @@ FORMATS = {
 }
 
 
-def weights(name, k, n, rng):
+def weights(name, k, n, rng, prepacked):
     """Spec and enough copies of a random weight that no cache holds them."""
     kind, bits, group, scale = FORMATS[name]
     spec = WeightSpec(k, n, kind, bits, group or k, offset=float(kind == "int") * 8)
@@ -54,6 +55,8 @@ def weights(name, k, n, rng):
         s = rng.uniform(0.5, 1.5, (spec.groups, n)).astype(scale)
     table = rng.standard_normal(16).astype(np.float32) if kind == "table" else None
     first = Weight(codes, s, None, table)
+    if prepacked:
+        first, spec = cpu_layout.prepack(jax.tree.map(jnp.asarray, first), spec)
     copies = max(2, -(-COLD // first.nbytes))
     return spec, [
         jax.tree.map(lambda a: jnp.array(a, copy=True), first) for _ in range(copies)
@@ -82,7 +85,7 @@ def contestants(args):
     for name in FORMATS:
         if args.only and not any(name.startswith(o) for o in args.only):
             continue
-        spec, copies = weights(name, k, n, rng)
+        spec, copies = weights(name, k, n, rng, not args.canonical)
         for m in ms:
             run = product(cpu.matmul, spec)
             table[f"{name} m{m}"] = (
@@ -133,6 +136,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=2.0, help="per contestant")
     parser.add_argument("--only", nargs="+", help="formats that begin with these")
+    parser.add_argument(
+        "--canonical", action="store_true", help="weights that are not prepacked"
+    )
     parser.add_argument("--no-dense", action="store_true", help="skip XLA's products")
     parser.add_argument("--json", metavar="FILE", help="results as JSON; - for stdout")
     args = parser.parse_args()

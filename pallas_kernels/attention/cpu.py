@@ -1,8 +1,8 @@
 """Attention of few queries over a cache on CPU: native code through `jax.ffi`.
 
-The definition is `reference.py`, also for a cache of floats, whose scales are 1: float32
-sums of exact codes, the layer of a stack is read where it lies, and slots that no query
-sees are not read when they lie before the first or behind the last that one does.
+The definition is `reference.py`, also for a cache of floats, whose scales are 1. Sums
+of exact codes are float32, the layer of a stack is read where it lies, and slots before
+the first and behind the last that any query sees are not read.
 Threads share the work by rows and key heads.
 """
 

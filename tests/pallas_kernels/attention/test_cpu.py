@@ -45,9 +45,7 @@ def test_cache_of_floats(dtype, softcap, rng):
     q = draw(batch, 2 * heads, 3, width)
     queries, slots = reference.positions_from_lengths(jnp.array([5, 70]), 3, length)
     options = {"scale": 0.2, "window": 40, "softcap": softcap}
-    y = cpu.attention(
-        q, (keys, values), queries, slots, layer=jnp.int32(1), **options
-    )
+    y = cpu.attention(q, (keys, values), queries, slots, layer=jnp.int32(1), **options)
     assert y.dtype == q.dtype
     ones = jnp.ones((batch, heads, 2, length))
     codes = jnp.concatenate([keys, values], -1)[1].astype(jnp.float32)

@@ -1,0 +1,157 @@
+// Blocks of integer codes times quantized x, included by engine.h.
+
+// Quantized activations of some rows and one block, and what turns sums into results.
+struct Factors {
+  const int32_t* x;
+  int64_t x_stride;
+  const float *step, *sum;
+  int64_t step_stride;
+};
+
+// y += scale * step * (acc - zero * sum) for MR rows of y, woven.
+template <int H, int MR>
+INLINE void add_sums(const I (*acc)[H][4], const Factors& f, const F* s, const F* z,
+                     float* y, int64_t y_stride) {
+  UNROLL for (int r = 0; r < MR; ++r) {
+    F turn = fset(f.step[r * f.step_stride]), total = fset(f.sum[r * f.step_stride]);
+    UNROLL for (int t = 0; t < 4; ++t) {
+      F v;
+      if constexpr (H == 2) {
+        v = halves(acc[r][0][t], acc[r][1][t]);
+      } else {
+        v = icvt(acc[r][0][t]);
+      }
+      float* to = y + r * y_stride + t * L;
+      fstore(to, fma(fmul(s[t], turn), fnma(z[t], total, v), fload(to)));
+    }
+  }
+}
+
+template <int BITS, int H, int MR>
+INLINE void add_dots(I (*acc)[H][4], const I* w, const int32_t* x, int64_t x_stride) {
+  UNROLL for (int r = 0; r < MR; ++r) {
+    UNROLL for (int h = 0; h < H; ++h) {
+      I v = iset(x[r * x_stride + h]);
+      UNROLL for (int t = 0; t < 4; ++t) {
+        acc[r][h][t] = dot<BITS>(acc[r][h][t], w[t], v);
+      }
+    }
+  }
+}
+
+template <int H, int MR>
+INLINE void clear(I (*acc)[H][4]) {
+  UNROLL for (int r = 0; r < MR; ++r) {
+    UNROLL for (int h = 0; h < H; ++h) {
+      UNROLL for (int t = 0; t < 4; ++t) acc[r][h][t] = izero();
+    }
+  }
+}
+
+// Adds a panel times MR rows of quantized x to y [MR][4 L].
+template <int BITS, int H, int MR>
+static void multiply_codes(const uint8_t* panel, int64_t dwords, Ahead& ahead,
+                           const Factors& f, const F* s, const F* z, float* y,
+                           int64_t y_stride) {
+  I acc[MR][H][4];
+  clear<H, MR>(acc);
+  const int32_t* x = f.x;
+  for (; dwords > 0; --dwords, panel += 4 * W, x += H) {
+    ask(ahead, ahead.rate);
+    I w[4] = {iload(panel), iload(panel + W), iload(panel + 2 * W), iload(panel + 3 * W)};
+    add_dots<BITS, H, MR>(acc, w, x, f.x_stride);
+  }
+  add_sums<H, MR>(acc, f, s, z, y, y_stride);
+}
+
+template <int BITS, int H, int MR, bool KEEP, int... J>
+INLINE void dot_units(const B* rows, const int32_t* x, int64_t x_stride, I (*acc)[H][4],
+                      uint8_t* panel, std::integer_sequence<int, J...>) {
+  auto one = [&](auto j) INLINE_LAMBDA {
+    constexpr int at = decltype(j)::value;
+    I w[4];
+    UNROLL for (int t = 0; t < 4; ++t) {
+      B v = code<BITS, at, true>(rows + t, 4);
+      if constexpr (KEEP) store(panel + (at * 4 + t) * W, v);
+      w[t] = as_dwords(v);
+    }
+    add_dots<BITS, H, MR>(acc, w, x + at * H, x_stride);
+  };
+  (one(std::integral_constant<int, J>()), ...);
+}
+
+// The same straight from byte rows at `p`, `stride` apart, for the first rows of x. With
+// KEEP the codes are left as a panel [dwords][4][W] for the other rows.
+template <int BITS, int H, int MR, bool KEEP, bool ORDERED>
+static void multiply_packed(const uint8_t* p, int64_t stride, int64_t units, int flip,
+                            Ahead& ahead, const Factors& f, const F* s, const F* z,
+                            uint8_t* panel, float* y, int64_t y_stride) {
+  constexpr int R = Unit<BITS>::kRows, PER = Unit<BITS>::kPer;
+  constexpr auto each = std::make_integer_sequence<int, PER>();
+  const B turn = bset(flip);
+  I acc[MR][H][4];
+  clear<H, MR>(acc);
+  B rows[R][4];
+  const int32_t* x = f.x;
+  const int64_t step = ORDERED ? kOrdered<BITS> : 4 * R * stride;
+  for (; units > 0; units -= 4, p += step, x += PER * H, panel += PER * 4 * W) {
+    if constexpr (!ORDERED) ask(ahead, PER * ahead.rate);
+    load_units<BITS, ORDERED>(p, stride, units, turn, rows);
+    dot_units<BITS, H, MR, KEEP>(rows[0], x, f.x_stride, acc, panel, each);
+  }
+  add_sums<H, MR>(acc, f, s, z, y, y_stride);
+}
+
+using MultiplyCodes = void (*)(const uint8_t*, int64_t, Ahead&, const Factors&,
+                               const F*, const F*, float*, int64_t);
+using MultiplyPacked = void (*)(const uint8_t*, int64_t, int64_t, int, Ahead&,
+                                const Factors&, const F*, const F*, uint8_t*, float*,
+                                int64_t);
+
+// Rows of x that are multiplied at once, as many as there are registers for sums.
+template <int H>
+constexpr int kTile = H == 2 ? (kRows + 1) / 2 : kRows;
+
+// The same where codes are unpacked on the way.
+template <int H>
+constexpr int kFirst = kTile<H> < 2 ? 1 : 2;
+
+template <int H, int MR, bool KEEP, bool ORDERED>
+static MultiplyPacked packed_multiplier(int bits) {
+  constexpr MultiplyPacked all[] = {
+      multiply_packed<1, H, MR, KEEP, ORDERED>, multiply_packed<2, H, MR, KEEP, ORDERED>,
+      multiply_packed<3, H, MR, KEEP, ORDERED>, multiply_packed<4, H, MR, KEEP, ORDERED>,
+      multiply_packed<5, H, MR, KEEP, ORDERED>, multiply_packed<6, H, MR, KEEP, ORDERED>,
+      multiply_packed<7, H, MR, KEEP, ORDERED>, multiply_packed<8, H, MR, KEEP, ORDERED>};
+  return all[bits - 1];
+}
+
+template <int H>
+static MultiplyPacked packed_multiplier(const Call& c, bool one) {
+  if (c.strips) return packed_multiplier<H, kFirst<H>, true, true>(c.bits);
+  return one ? packed_multiplier<H, 1, false, false>(c.bits)
+             : packed_multiplier<H, kFirst<H>, true, false>(c.bits);
+}
+
+static MultiplyPacked packed_multiplier(const Call& c, bool one) {
+  return c.halves == 2 ? packed_multiplier<2>(c, one) : packed_multiplier<1>(c, one);
+}
+
+template <int BITS, int H>
+static MultiplyCodes codes_multiplier(int rows) {
+  constexpr int most = kTile<H>;
+  constexpr MultiplyCodes all[] = {multiply_codes<BITS, H, kAtMost<1, most>>,
+                                   multiply_codes<BITS, H, kAtMost<2, most>>,
+                                   multiply_codes<BITS, H, kAtMost<3, most>>,
+                                   multiply_codes<BITS, H, kAtMost<4, most>>,
+                                   multiply_codes<BITS, H, kAtMost<5, most>>,
+                                   multiply_codes<BITS, H, kAtMost<6, most>>};
+  return all[rows - 1];
+}
+
+static MultiplyCodes codes_multiplier(const Call& c, int rows) {
+  if (c.halves == 2) {
+    return c.bits == 8 ? codes_multiplier<8, 2>(rows) : codes_multiplier<7, 2>(rows);
+  }
+  return c.bits == 8 ? codes_multiplier<8, 1>(rows) : codes_multiplier<7, 1>(rows);
+}
