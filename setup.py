@@ -7,13 +7,13 @@ with jaxlib. When the extension cannot be built the reason is kept in
 
 import importlib.util
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 NATIVE = "pallas_kernels/native"
-SOURCES = ("attention.cc", "kernels.cc")
 
 
 def include_dir():
@@ -58,6 +58,18 @@ class Build(build_ext):
                 note.parent.mkdir(parents=True, exist_ok=True)
                 note.write_text(reason + "\n", "utf-8")
 
+    def build_extensions(self):
+        """Compiles the sources side by side: there is one per instruction set."""
+        one = self.compiler.compile
+
+        def compile_all(sources, **options):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = pool.map(lambda source: one([source], **options), sources)
+                return [path for paths in objects for path in paths]
+
+        self.compiler.compile = compile_all
+        super().build_extensions()
+
     def folders(self):
         """Where the extension belongs: the checkout in place, else the build folder."""
         if self.inplace:
@@ -70,7 +82,7 @@ setup(
     ext_modules=[
         Extension(
             "qjax.pallas_kernels.native._kernels",
-            [f"{NATIVE}/{name}" for name in SOURCES],
+            sorted(map(str, Path(NATIVE).glob("*.cc"))),
             depends=sorted(map(str, Path(NATIVE).glob("*.h"))),
             language="c++",
             optional=False,

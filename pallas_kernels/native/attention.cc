@@ -1,39 +1,16 @@
 // Attention of few queries over a cache of floats or codes on CPUs, as an XLA FFI handler.
 
-#include <cmath>
 #include <string>
-#include <type_traits>
 
 #include "attention_call.h"
 #include "ffi.h"
-#include "isa.h"
 #include "operands.h"
 #include "team.h"
-
-#define QJAX_BODY "attention.h"
-#include "each_isa.h"
-#undef QJAX_BODY
 
 namespace qjax {
 namespace {
 
 namespace ffi = xla::ffi;
-
-using Attend = void (*)(const AttentionCall&, int64_t);
-
-// The code for the instruction set that products use.
-Attend chosen() {
-  const std::string isa = qjax_isa();
-#ifdef QJAX_X86
-  if (isa == "amx" || isa == "avx512") return avx512::attend;
-  if (isa == "avxvnni") return avxvnni::attend;
-  if (isa == "avx2") return avx2::attend;
-#endif
-#ifdef QJAX_ARM
-  if (isa == "neon") return neon::attend;
-#endif
-  return plain::attend;
-}
 
 ffi::Error bad(const std::string& what) {
   return ffi::Error::InvalidArgument("qjax native attention: " + what);
@@ -113,9 +90,9 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys
   c.factor = *static_cast<const float*>(factor.untyped_data());
   c.softcap = softcap;
   c.y = y->untyped_data();
-  const Attend attend = chosen();
+  const Engine& engine = qjax::engine();
   const bool good = parallel(pool, pool.num_threads(), c.batch * c.kv_heads,
-                             [&](int64_t i) { attend(c, i); });
+                             [&](int64_t i) { engine.attend(c, i); });
   if (good) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "qjax native attention: no memory");
 }

@@ -110,6 +110,8 @@ struct Call {
   }
 };
 
+struct AttentionCall;
+
 struct Engine {
   const char* name;
   int strip;
@@ -120,7 +122,12 @@ struct Engine {
   void (*forward)(const Call&, int64_t m0, int64_t m1, int64_t c0, int64_t c1);
   // Rows [m0, m1) of the result of x W^T, the columns of one block.
   void (*transposed)(const Call&, int64_t m0, int64_t m1, const Block&);
+  // The queries of one row and key head, `item` of batch * kv_heads.
+  void (*attend)(const AttentionCall&, int64_t item);
 };
+
+// The engine of the instruction set in use.
+const Engine& engine();
 
 constexpr int64_t kBlock = 256;       // most rows of W in a block: 255 * 32512 * 256 < 2^31
 constexpr int64_t kFloatBlock = 128;  // of a float panel: 32 kB at 64 columns

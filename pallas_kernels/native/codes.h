@@ -72,14 +72,20 @@ alignas(64) static const uint8_t kZeros[64] = {};
 template <int BITS>
 constexpr int64_t kOrdered = Unit<BITS>::kRows * 4 * kStrip;
 
-// How far ahead of its use such a unit is asked for.
-constexpr int64_t kDistance = 1024;
+// How far ahead of their use bytes of a strip are asked for: into the first-level cache,
+// and into the second.
+constexpr int64_t kDistance = 1024, kFarDistance = 8192;
+
+INLINE void ask_line(const uint8_t* p) {
+  PREFETCH(p + kDistance);
+  PREFETCH_FAR(p + kFarDistance);
+}
 
 // Asks for byte rows that a strip needs later, where it is stored as one.
 template <int R>
 INLINE void ask_strip(const uint8_t* p, int64_t stride) {
   if (stride != kStrip) return;
-  UNROLL for (int r = 0; r < R; ++r) PREFETCH(p + r * kStrip + kDistance);
+  UNROLL for (int r = 0; r < R; ++r) ask_line(p + r * kStrip);
 }
 
 // Four units from `p` as interleaved byte rows: ORDERED, stored so; else byte rows are
@@ -92,7 +98,7 @@ INLINE void load_units(const uint8_t* p, int64_t stride, int64_t left, B turn,
     if constexpr (ORDERED) {
       UNROLL for (int t = 0; t < 4; ++t) {
         const uint8_t* from = p + r * 4 * kStrip + t * W;
-        if (t * W % 64 == 0) PREFETCH(from + kDistance);
+        if (t * W % 64 == 0) ask_line(from);
         rows[r][t] = load(from);
         if constexpr (BITS == 8) rows[r][t] = bxor(rows[r][t], turn);
       }

@@ -144,20 +144,22 @@ INLINE void add_strip(const Call& c, const Strip& strip, Ahead ahead, const Bloc
                       int64_t m0, int64_t m1, const F* s, const F* z, uint8_t* panel,
                       float* y, int64_t y_stride) {
   if (c.integer_engine) {
-    const bool one = m1 - m0 == 1;
-    const int tile = c.halves == 2 ? kTile<2> : kTile<1>;
-    int64_t n = one ? 1 : c.halves == 2 ? kFirst<2> : kFirst<1>;
-    const int64_t turns = (1 + (m1 - m0 - n + tile - 1) / tile) * block.dwords;
+    const int64_t rows = m1 - m0, tile = c.halves == 2 ? kTile<2> : kTile<1>;
+    const MultiplyPacked packed = packed_multiplier(c, rows == 1);
+    int64_t n = !packed ? 0 : rows == 1 ? 1 : c.halves == 2 ? kFirst<2> : kFirst<1>;
+    const int64_t turns = (1 + (rows - n + tile - 1) / tile) * block.dwords;
     ahead.rate = (ahead.lines + turns - 1) / turns;
-    for (int64_t r = m0; r < m1; r += n, y += n * y_stride) {
-      if (r > m0) n = m1 - r < tile ? m1 - r : tile;
-      const Factors f = factors_of(c, block, r);
-      if (r == m0) {
-        packed_multiplier(c, one)(strip.p, strip.stride, block.units, flip_of(c), ahead, f,
-                                  s, z, panel, y, y_stride);
-      } else {
-        codes_multiplier(c, n)(panel, block.dwords, ahead, f, s, z, y, y_stride);
-      }
+    if (packed) {
+      packed(strip.p, strip.stride, block.units, flip_of(c), ahead, factors_of(c, block, m0),
+             s, z, panel, y, y_stride);
+    } else {
+      codes_decoder(c)(strip.p, strip.stride, block.units, flip_of(c), ahead, panel);
+    }
+    for (int64_t r = m0 + n; r < m1; r += n) {
+      y += n * y_stride;
+      n = m1 - r < tile ? m1 - r : tile;
+      codes_multiplier(c, n)(panel, block.dwords, ahead, factors_of(c, block, r), s, z, y,
+                             y_stride);
     }
     return;
   }

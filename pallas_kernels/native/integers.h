@@ -116,25 +116,35 @@ constexpr int kTile = H == 2 ? (kRows + 1) / 2 : kRows;
 template <int H>
 constexpr int kFirst = kTile<H> < 2 ? 1 : 2;
 
-template <int H, int MR, bool KEEP, bool ORDERED>
-static MultiplyPacked packed_multiplier(int bits) {
+// One row of x times byte rows.
+template <int H>
+static MultiplyPacked one_multiplier(int bits) {
   constexpr MultiplyPacked all[] = {
-      multiply_packed<1, H, MR, KEEP, ORDERED>, multiply_packed<2, H, MR, KEEP, ORDERED>,
-      multiply_packed<3, H, MR, KEEP, ORDERED>, multiply_packed<4, H, MR, KEEP, ORDERED>,
-      multiply_packed<5, H, MR, KEEP, ORDERED>, multiply_packed<6, H, MR, KEEP, ORDERED>,
-      multiply_packed<7, H, MR, KEEP, ORDERED>, multiply_packed<8, H, MR, KEEP, ORDERED>};
+      multiply_packed<1, H, 1, false, false>, multiply_packed<2, H, 1, false, false>,
+      multiply_packed<3, H, 1, false, false>, multiply_packed<4, H, 1, false, false>,
+      multiply_packed<5, H, 1, false, false>, multiply_packed<6, H, 1, false, false>,
+      multiply_packed<7, H, 1, false, false>, multiply_packed<8, H, 1, false, false>};
   return all[bits - 1];
 }
 
+// The first rows of x times byte rows that become a panel: for the usual widths, or none.
 template <int H>
-static MultiplyPacked packed_multiplier(const Call& c, bool one) {
-  if (c.strips) return packed_multiplier<H, kFirst<H>, true, true>(c.bits);
-  return one ? packed_multiplier<H, 1, false, false>(c.bits)
-             : packed_multiplier<H, kFirst<H>, true, false>(c.bits);
+static MultiplyPacked first_multiplier(const Call& c) {
+  constexpr int MR = kFirst<H>;
+  if (c.bits == 4) {
+    return c.strips ? multiply_packed<4, H, MR, true, true>
+                    : multiply_packed<4, H, MR, true, false>;
+  }
+  if (c.bits == 8) {
+    return c.strips ? multiply_packed<8, H, MR, true, true>
+                    : multiply_packed<8, H, MR, true, false>;
+  }
+  return nullptr;
 }
 
 static MultiplyPacked packed_multiplier(const Call& c, bool one) {
-  return c.halves == 2 ? packed_multiplier<2>(c, one) : packed_multiplier<1>(c, one);
+  if (one) return c.halves == 2 ? one_multiplier<2>(c.bits) : one_multiplier<1>(c.bits);
+  return c.halves == 2 ? first_multiplier<2>(c) : first_multiplier<1>(c);
 }
 
 template <int BITS, int H>
@@ -154,4 +164,46 @@ static MultiplyCodes codes_multiplier(const Call& c, int rows) {
     return c.bits == 8 ? codes_multiplier<8, 2>(rows) : codes_multiplier<7, 2>(rows);
   }
   return c.bits == 8 ? codes_multiplier<8, 1>(rows) : codes_multiplier<7, 1>(rows);
+}
+
+template <int BITS, int... J>
+INLINE void store_units(const B* rows, uint8_t* panel, std::integer_sequence<int, J...>) {
+  auto one = [&](auto j) INLINE_LAMBDA {
+    constexpr int at = decltype(j)::value;
+    UNROLL for (int t = 0; t < 4; ++t) {
+      store(panel + (at * 4 + t) * W, code<BITS, at, true>(rows + t, 4));
+    }
+  };
+  (one(std::integral_constant<int, J>()), ...);
+}
+
+// Byte rows to a panel [dwords][4][W].
+template <int BITS, bool ORDERED>
+static void decode_codes(const uint8_t* p, int64_t stride, int64_t units, int flip,
+                         Ahead& ahead, uint8_t* panel) {
+  constexpr int R = Unit<BITS>::kRows, PER = Unit<BITS>::kPer;
+  constexpr auto each = std::make_integer_sequence<int, PER>();
+  const B turn = bset(flip);
+  B rows[R][4];
+  const int64_t step = ORDERED ? kOrdered<BITS> : 4 * R * stride;
+  for (; units > 0; units -= 4, p += step, panel += PER * 4 * W) {
+    if constexpr (!ORDERED) ask<true>(ahead, PER * ahead.rate);
+    load_units<BITS, ORDERED>(p, stride, units, turn, rows);
+    store_units<BITS>(rows[0], panel, each);
+  }
+}
+
+using DecodeCodes = void (*)(const uint8_t*, int64_t, int64_t, int, Ahead&, uint8_t*);
+
+template <bool ORDERED>
+static DecodeCodes codes_decoder(int bits) {
+  constexpr DecodeCodes all[] = {decode_codes<1, ORDERED>, decode_codes<2, ORDERED>,
+                                 decode_codes<3, ORDERED>, decode_codes<4, ORDERED>,
+                                 decode_codes<5, ORDERED>, decode_codes<6, ORDERED>,
+                                 decode_codes<7, ORDERED>, decode_codes<8, ORDERED>};
+  return all[bits - 1];
+}
+
+static DecodeCodes codes_decoder(const Call& c) {
+  return c.strips ? codes_decoder<true>(c.bits) : codes_decoder<false>(c.bits);
 }

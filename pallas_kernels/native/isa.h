@@ -8,11 +8,10 @@
 #define PREFETCH(p) __builtin_prefetch(p)
 #define PREFETCH_FAR(p) __builtin_prefetch(p, 0, 2)  // to the second-level cache
 #if defined(__clang__)
-#define QJAX_UNROLL _Pragma("clang loop unroll(full)")
+#define UNROLL _Pragma("clang loop unroll(full)")
 #else
-#define QJAX_UNROLL _Pragma("GCC unroll 64")
+#define UNROLL _Pragma("GCC unroll 64")
 #endif
-#define UNROLL QJAX_UNROLL
 
 // -DQJAX_PLAIN leaves the code for vector units out: quick to build, slow to run.
 #if defined(__x86_64__) && !defined(QJAX_PLAIN)
@@ -41,8 +40,4 @@
 #define QJAX_TARGET(features) \
   _Pragma("GCC push_options") _Pragma(QJAX_TEXT(GCC target(features)))
 #define QJAX_TARGET_END _Pragma("GCC pop_options")
-#endif
-
-#ifdef QJAX_X86
-#define QJAX_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"
 #endif

@@ -1,56 +1,29 @@
-// Products with packed weights on CPUs, as XLA FFI handlers: engine.h compiled for
-// several instruction sets, the choice between them, and the division of work among
-// XLA's threads.
+// Products with packed weights on CPUs, as XLA FFI handlers: the choice between instruction
+// sets and the division of work among threads.
 
 #include <atomic>
-#include <cmath>
 #include <string>
-#include <utility>
-
-#include "call.h"
 
 #include "ffi.h"
-#include "isa.h"
+#include "engines.h"
 #include "operands.h"
 #include "team.h"
-
-#define QJAX_BODY "engine.h"
-#include "each_isa.h"
-#undef QJAX_BODY
-
-#ifdef QJAX_AMX
-QJAX_TARGET("amx-tile,amx-int8," QJAX_AVX512)
-namespace qjax::avx512 {
-#define QJAX_TILES_AMX
-#include "tiles.h"
-#undef QJAX_TILES_AMX
-}  // namespace qjax::avx512
-QJAX_TARGET_END
-#endif
-
-namespace qjax::plain {
-#include "tiles.h"
-}  // namespace qjax::plain
 
 namespace qjax {
 namespace {
 
-#define QJAX_ENGINE(isa) {#isa, isa::W, 0, isa::prepare, isa::forward, isa::transposed}
-#define QJAX_TILED(name, isa, planes) \
-  {name, isa::W, planes, isa::prepare, isa::forward_tiles, isa::transposed}
-
 // Best first; what follows "plain" runs only by name.
-const Engine kEngines[] = {
+const Engine* const kEngines[] = {
 #ifdef QJAX_AMX
-    QJAX_TILED("amx", avx512, 65),
+    &kAmx,
 #endif
 #ifdef QJAX_X86
-    QJAX_ENGINE(avx512), QJAX_ENGINE(avxvnni), QJAX_ENGINE(avx2),
+    &kAvx512, &kAvxVnni, &kAvx2,
 #endif
 #ifdef QJAX_ARM
-    QJAX_ENGINE(neon),
+    &kNeon,
 #endif
-    QJAX_ENGINE(plain), QJAX_TILED("amx-emulated", plain, 1)};
+    &kPlain, &kAmxEmulated};
 
 #ifdef QJAX_AMX
 // CPUID has AMX-TILE and AMX-INT8, the system saves tiles (XCR0), and lets this process
@@ -96,13 +69,19 @@ bool supported(const std::string& isa) {
 }
 
 const Engine* best() {
-  for (const Engine& engine : kEngines) {
-    if (supported(engine.name)) return &engine;
+  for (const Engine* engine : kEngines) {
+    if (supported(engine->name)) return engine;
   }
   return nullptr;  // never: "plain" is always supported
 }
 
 std::atomic<const Engine*> chosen{best()};
+
+}  // namespace
+
+const Engine& engine() { return *chosen.load(); }
+
+namespace {
 
 // Rows of W per block. Few rows of x wait for memory, which is fastest when few byte rows
 // are read at once: 64 up to 8 rows of x, fewer for one (measured on Zen 5).
@@ -322,7 +301,7 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes
   }
   if (c.m == 0) return ffi::Error::Success();
   try {
-    const Engine& engine = *chosen.load();
+    const Engine& engine = qjax::engine();
     cut_blocks(c, group, engine);
     if (run(c, engine, pool)) return ffi::Error::Success();
   } catch (const std::bad_alloc&) {
@@ -395,7 +374,7 @@ QJAX_EXPORT int qjax_ffi_version() {
 }
 
 QJAX_EXPORT const char* qjax_isa() {
-  return qjax::chosen.load()->name;
+  return qjax::engine().name;
 }
 
 // Chooses an instruction set, the best one for "". Returns whether this machine has it.
@@ -405,9 +384,9 @@ QJAX_EXPORT int qjax_choose_isa(const char* name) {
     qjax::chosen = qjax::best();
     return 1;
   }
-  for (const qjax::Engine& engine : qjax::kEngines) {
-    if (wanted == engine.name && qjax::supported(wanted)) {
-      qjax::chosen = &engine;
+  for (const qjax::Engine* engine : qjax::kEngines) {
+    if (wanted == engine->name && qjax::supported(wanted)) {
+      qjax::chosen = engine;
       return 1;
     }
   }

@@ -9,9 +9,6 @@
 
 #define QJAX_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Name of the instruction set in use.
-QJAX_EXPORT const char* qjax_isa();
-
 namespace qjax {
 
 inline Type type_of(xla::ffi::DataType type) {

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <atomic>
+#include <cfenv>
 #include <chrono>
 #include <condition_variable>
 #include <functional>
@@ -44,6 +45,7 @@ class Team {
     auto job = std::make_shared<Job>();
     job->count = count;
     job->work = &work;
+    std::fegetenv(&job->mode);
     job->call = [](const void* work, int64_t i) {
       return (*static_cast<const Work*>(work))(i);
     };
@@ -70,6 +72,7 @@ class Team {
     std::atomic<bool> failed{false};
     int64_t count = 0;
     const void* work = nullptr;
+    std::fenv_t mode;  // of the caller: XLA's threads flush subnormal floats to zero
     bool (*call)(const void*, int64_t) = nullptr;
 
     // The caller claims like its helpers and never waits for one that has not begun.
@@ -124,7 +127,9 @@ class Team {
         }
       }
       seen = turn_.load(std::memory_order_acquire);
-      if (auto job = std::atomic_load(&job_)) job->claim();
+      const auto job = std::atomic_load(&job_);
+      std::fesetenv(&job->mode);
+      job->claim();
     }
   }
 

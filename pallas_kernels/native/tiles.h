@@ -98,44 +98,6 @@ class Tiles {
 
 #endif
 
-template <int BITS, int... J>
-INLINE void store_units(const B* rows, uint8_t* panel, std::integer_sequence<int, J...>) {
-  auto one = [&](auto j) INLINE_LAMBDA {
-    constexpr int at = decltype(j)::value;
-    UNROLL for (int t = 0; t < 4; ++t) {
-      store(panel + (at * 4 + t) * W, code<BITS, at, true>(rows + t, 4));
-    }
-  };
-  (one(std::integral_constant<int, J>()), ...);
-}
-
-// Byte rows to a panel [dwords][4][W], as `multiply_packed` leaves it.
-template <int BITS, bool ORDERED>
-static void decode_codes(const uint8_t* p, int64_t stride, int64_t units, int flip,
-                         Ahead& ahead, uint8_t* panel) {
-  constexpr int R = Unit<BITS>::kRows, PER = Unit<BITS>::kPer;
-  constexpr auto each = std::make_integer_sequence<int, PER>();
-  const B turn = bset(flip);
-  B rows[R][4];
-  const int64_t step = ORDERED ? kOrdered<BITS> : 4 * R * stride;
-  for (; units > 0; units -= 4, p += step, panel += PER * 4 * W) {
-    if constexpr (!ORDERED) ask<true>(ahead, PER * ahead.rate);
-    load_units<BITS, ORDERED>(p, stride, units, turn, rows);
-    store_units<BITS>(rows[0], panel, each);
-  }
-}
-
-using DecodeCodes = void (*)(const uint8_t*, int64_t, int64_t, int, Ahead&, uint8_t*);
-
-template <bool ORDERED>
-static DecodeCodes codes_decoder(int bits) {
-  constexpr DecodeCodes all[] = {decode_codes<1, ORDERED>, decode_codes<2, ORDERED>,
-                                 decode_codes<3, ORDERED>, decode_codes<4, ORDERED>,
-                                 decode_codes<5, ORDERED>, decode_codes<6, ORDERED>,
-                                 decode_codes<7, ORDERED>, decode_codes<8, ORDERED>};
-  return all[bits - 1];
-}
-
 // A panel and what its products with rows of x become: y += scale * step * (x . codes -
 // zero * sum of x).
 struct Product {
@@ -211,7 +173,7 @@ static void forward_tiles(const Call& c, int64_t m0, int64_t m1, int64_t c0, int
   const int64_t rows = m1 - m0, count = (rows * c.halves + kTileRows - 1) / kTileRows;
   const int64_t each = (rows + count - 1) / count;
   const DecodeCodes decode =
-      c.strips ? codes_decoder<true>(c.bits) : codes_decoder<false>(c.bits);
+      codes_decoder(c);
   const auto multiply = c.halves == 2 ? multiply_tiles<2> : multiply_tiles<1>;
   const int flip = flip_of(c);
   Tiles tiles(each * c.halves, c.tile);

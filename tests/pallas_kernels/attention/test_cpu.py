@@ -1,5 +1,6 @@
 """The native CPU kernel, over codes on every instruction set, and over floats."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -56,3 +57,34 @@ def test_cache_of_floats(dtype, softcap, rng):
     wanted = exact(q, Floats(codes, ones), queries, slots, rotate="none", **options)
     limit = 2e-5 if dtype == "float32" else 2e-2
     np.testing.assert_allclose(y.astype(jnp.float32), wanted, atol=limit)
+
+
+def test_the_handler_checks_sizes():
+    """What reaches it without the wrapper is refused, not read out of bounds."""
+    call = jax.ffi.ffi_call(
+        "qjax_attention", jax.ShapeDtypeStruct((1, 2, 1, 16), jnp.float32)
+    )
+    keys, none = jnp.zeros((3, 1, 2, 8, 16)), jnp.zeros((0,))
+    good = {
+        "q": jnp.zeros((1, 2, 1, 16)),
+        "keys": keys,
+        "values": keys,
+        "scale": none,
+        "queries": jnp.zeros((1, 1), jnp.int32),
+        "positions": jnp.zeros((1, 8), jnp.int32),
+        "window": jnp.int32(9),
+        "factor": jnp.float32(1),
+        "layer": jnp.int32(0),
+    }
+    call(*good.values(), softcap=np.float32(0)).block_until_ready()
+    codes = jnp.zeros((3, 1, 2, 8, 32), jnp.int8)
+    for change, message in [
+        ({"layer": jnp.int32(3)}, "layer 3 of 3"),
+        ({"values": keys[:2]}, "values are not like keys"),
+        ({"keys": codes}, "scale has another shape"),
+        ({"keys": codes[..., :24]}, "do not fit heads of q"),
+        ({"positions": jnp.zeros((1, 7), jnp.int32)}, "positions"),
+        ({"keys": keys[0, 0]}, "rank"),
+    ]:
+        with pytest.raises(Exception, match=message):
+            call(*(good | change).values(), softcap=np.float32(0)).block_until_ready()

@@ -298,9 +298,16 @@ def test_the_handler_checks_sizes(rng):
         "group": np.int64(16),
         "offset": np.float32(0),
         "transpose": False,
+        "strips": False,
         "x_bits": np.int64(16),
     }
     call = jax.ffi.ffi_call("qjax_matmul", jax.ShapeDtypeStruct((1, 16), jnp.float32))
     operands = (jnp.ones((1, 64)), w.codes, w.scale, none, none, none, none)
-    with pytest.raises(Exception, match="codes do not have the packed shape"):
-        call(*operands, jnp.int32(0), **attributes).block_until_ready()
+    for change, message in [
+        ({}, "codes do not have the packed shape"),
+        ({"k": np.int64(32), "strips": True}, "codes do not have the packed shape"),
+        ({"strips": True, "group": np.int64(4)}, "groups cut a strip"),
+        ({"strips": True, "transpose": True}, "no transpose"),
+    ]:
+        with pytest.raises(Exception, match=message):
+            call(*operands, jnp.int32(0), **attributes | change).block_until_ready()

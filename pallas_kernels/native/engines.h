@@ -1,0 +1,22 @@
+// The engines there are, one per source file `isa_*.cc` and instruction set.
+
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+#include <utility>
+
+#include "attention_call.h"
+#include "isa.h"
+
+#define QJAX_ENGINE(isa) \
+  {#isa, isa::W, 0, isa::prepare, isa::forward, isa::transposed, isa::attend}
+#define QJAX_TILED(name, isa, planes)                                \
+  {name,           isa::W, planes, isa::prepare, isa::forward_tiles, \
+   isa::transposed, isa::attend}
+
+namespace qjax {
+
+extern const Engine kAmx, kAvx512, kAvxVnni, kAvx2, kNeon, kPlain, kAmxEmulated;
+
+}  // namespace qjax
