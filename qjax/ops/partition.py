@@ -55,13 +55,6 @@ def on_one(
     return alone_or(kernel, other, *operands)
 
 
-def gathered(tree: Any) -> Any:
-    """`tree`, whole on every device of a mesh with explicit axes."""
-    if not jax.sharding.get_abstract_mesh().explicit_axes:
-        return tree
-    return jax.tree.map(lambda v: jax.sharding.reshard(v, PartitionSpec()), tree)
-
-
 def partitioned(
     call: Callable[..., Array],
     spec: WeightSpec,

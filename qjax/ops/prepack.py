@@ -20,8 +20,8 @@ from jaxtyping import Array, Float
 import qjax.pallas_kernels.device as device
 from qjax.formats import Format, Int
 from qjax.formats.codebook import TableFormat
-from qjax.ops import kernels, partition
-from qjax.ops.blocks import materialize_scale, replaced
+from qjax.ops import kernels
+from qjax.ops.blocks import gathered, materialize_scale, replaced
 from qjax.pallas_kernels.weights import Weight, WeightSpec
 from qjax.tensor import (
     AffineTensor,
@@ -147,7 +147,7 @@ def cut(q: Any) -> LayoutTensor:
     """The weight at rest, with a float scale; a layer is copied out of its stack."""
     one: Any = q.cut() if isinstance(q, LayerOf) else q
     if isinstance(one, Prepacked):
-        one = partition.gathered(one).canonical()
+        one = gathered(one).canonical()
     return materialize_scale(one)
 
 

@@ -188,7 +188,7 @@ def _backward(transpose, backend, residuals, dy):
 
 
 def leaf_gradients(a, b, q):
-    """`blocked.leaf_gradients` of anything that backends multiply by."""
+    """The gradient of anything that backends multiply by; see `shards`."""
     if isinstance(q, LayoutTensor):
         return shards.leaf_gradients(blocked.leaf_gradients, a, b, q)
     one, pull = jax.vjp(cut, q)  # zeros in a stack's other layers

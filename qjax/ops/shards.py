@@ -1,10 +1,10 @@
-"""Products without a kernel on meshes with explicit axes: each device's own shards.
+"""Products without a kernel on meshes with explicit axes: a device's own shards.
 
-There the sharding of an array is part of its type, which loops over blocks would have to
-keep. So the loops run under `jax.shard_map`: columns of the result stay split as those of
-the weight are, shards along the contracted axis are summed, and rows stay split as those
-of the activations are, over other axes. A weight whose shards would cut groups or packing
-units, and a `Prepacked` one, is gathered, packed.
+There the sharding of an array is part of its type, which loops over blocks would have
+to keep. So the loops run under `jax.shard_map`: columns of the result stay split as
+those of the weight are, shards along the contracted axis are summed, and rows stay
+split as those of the activations are, over other axes. A weight whose shards would cut
+groups or packing units, and a `Prepacked` one, is gathered, packed.
 """
 
 import math
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from qjax.ops import blocked
 from qjax.ops.blocks import Axis, cut_step, replaced, windows
 from qjax.ops.partition import axes_of, split_axes
 from qjax.tensor import LayoutTensor, QuantizedTensor
@@ -71,17 +71,17 @@ def spread(
 
 
 def leaf_gradients(
-    run: Callable[..., LayoutTensor],
+    run: Callable[..., dict[str, Array]],
     a: Float[Array, "m in"],
     b: Float[Array, "m out"],
     q: LayoutTensor,
     *plain: Array,
     independent: bool = True,
 ) -> LayoutTensor:
-    """`run(a, b, q, *plain)`, on explicit axes by shards.
+    """The gradient of `q` when that of its matrix is `a^T b`, anywhere.
 
     Args:
-      run: gradients of the leaves of `q` when that of the matrix is `a^T b`.
+      run: `(a, b, q, *plain)` to float32 gradients of the float leaves of `q`.
       a: activations or cotangents on the `in` side.
       b: the same on the `out` side.
       q: the weight, possibly with leading axes.
@@ -92,39 +92,25 @@ def leaf_gradients(
       A tensor like `q`, split as `q` is; integer leaves hold float0 zeros.
     """
     if not explicit():
-        return run(a, b, q, *plain)
+        return blocked.with_gradients(q, run(a, b, q, *plain))
     plan = _plan(q)
     rows = _rows(plan, a) if independent else ()
-    named = {name: (spec, getattr(q, name)) for name, spec in _named(plan.specs)}
-    floats = {
-        name: spec
-        for name, (spec, leaf) in named.items()
-        if jnp.issubdtype(leaf.dtype, jnp.inexact)
-    }
+    floats = blocked.float_leaves(q)
+    found: Any = jax.tree.leaves_with_path(plan.specs)
+    places = {p[-1].name: spec for p, spec in found if p[-1].name in floats}
 
     def local(a, b, q, *plain):
-        grads = run(a, b, plan.shard(q), *plain)
-
-        def total(name, spec):
-            grad = getattr(grads, name)
-            own = _flat(spec)
+        def total(grad, spec):
+            own = sum(map(axes_of, spec), ())
             axes = tuple(v for v in rows + sum(plan.over, ()) if v not in own)
-            if not axes:
-                return grad
-            return jax.lax.psum(grad.astype(jnp.float32), axes).astype(grad.dtype)
+            return jax.lax.psum(grad, axes) if axes else grad
 
-        return {name: total(name, spec) for name, spec in floats.items()}
+        return jax.tree.map(total, run(a, b, plan.shard(q), *plain), places)
 
     sides = (_spec(rows, over) for over in plan.over)
     specs = (*sides, plan.specs, *(PartitionSpec() for _ in plain))
-    grads = _mapped(local, specs, floats, a, b, q, *plain)
-    made: dict[str, Any] = {
-        name: like(grads[name], leaf)
-        if name in grads
-        else np.zeros(leaf.shape, jax.dtypes.float0)
-        for name, (_, leaf) in named.items()
-    }
-    return replaced(q, **made)
+    grads = _mapped(local, specs, places, a, b, q, *plain)
+    return blocked.with_gradients(q, jax.tree.map(like, grads, floats))
 
 
 class _Plan(NamedTuple):
@@ -188,17 +174,6 @@ def _rows(plan: _Plan, x: Array) -> tuple[str, ...]:
 
 def _spec(*axes: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(*(a or None for a in axes))
-
-
-def _flat(spec: PartitionSpec) -> tuple[str, ...]:
-    """Mesh axes of all entries."""
-    return sum((axes_of(entry) for entry in spec), ())
-
-
-def _named(specs: Any) -> list[tuple[str, PartitionSpec]]:
-    """Specs of leaves and what the leaves are called."""
-    found: Any = jax.tree.leaves_with_path(specs)
-    return [(path[-1].name, spec) for path, spec in found]
 
 
 def _mapped(run, specs, out, *operands):
