@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 import qjax.pallas_kernels.device as device
 from qjax.errors import SpecError, UnsupportedError
-from qjax.ops import blocked, kernels, product
+from qjax.ops import blocked, kernels, product, shards
 from qjax.pallas_kernels.matmul_a8 import reference
 
 DTYPES = ("int8", "float8_e4m3fn")
@@ -106,7 +106,7 @@ def _forward(x, q, x_scale, transpose, activation, backend):
 def _backward(transpose, activation, backend, residuals, dy):
     del backend  # the transpose product chooses its own
     x, q, x_scale = residuals
-    dx = product.product(dy, q, not transpose, None)
+    dx = shards.like(product.product(dy, q, not transpose, None), x)
     used = _rounded(x, x_scale, activation)
     a, b = (dy, used) if transpose else (used, dy)
     grads = product.leaf_gradients(a, b, q)

@@ -127,8 +127,8 @@ def _division(q: LayoutTensor, axis: Axis) -> tuple[int, int, int]:
 
 def leaf_gradients(
     a: Float[Array, "m in"], b: Float[Array, "m out"], q: LayoutTensor
-) -> LayoutTensor:
-    """Gradient of every float leaf of `q` when the weight's gradient is `a^T b`.
+) -> dict[str, Array]:
+    """Gradients of every float leaf of `q` when the weight's gradient is `a^T b`.
 
     The weight's gradient is formed one block of columns at a time and pulled back
     through the decoding of that block.
@@ -139,14 +139,9 @@ def leaf_gradients(
       q: the weight.
 
     Returns:
-      A tensor like `q`; integer leaves hold float0 zeros.
+      Float32 gradients by the name of the leaf; see `with_gradients`.
     """
-    leaves = {
-        f.name: getattr(q, f.name)
-        for f in dataclasses.fields(q)  # pyright: ignore[reportArgumentType]
-        if not f.metadata.get("static") and getattr(q, f.name) is not None
-    }
-    floats = {k: v for k, v in leaves.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
+    floats = float_leaves(q)
     across = a.T.astype(jnp.float32)
 
     def part(start, size):
@@ -168,11 +163,31 @@ def leaf_gradients(
     total = lax.fori_loop(0, count, lambda i, t: add(t, i * size, size), total)
     if rest:
         total = add(total, count * size, rest)
-    grads: dict[str, Any] = {
-        name: total[name].astype(v.dtype) if name in total else _float0(v)
-        for name, v in leaves.items()
+    return total
+
+
+def float_leaves(q: LayoutTensor) -> dict[str, Array]:
+    """Float leaves by name."""
+    return {k: v for k, v in _leaves(q).items() if jnp.issubdtype(v.dtype, jnp.inexact)}
+
+
+def with_gradients(q: LayoutTensor, grads: dict[str, Array]) -> LayoutTensor:
+    """A tensor like `q` that holds gradients; integer leaves hold float0 zeros."""
+    made: dict[str, Any] = {
+        name: grads[name].astype(leaf.dtype)
+        if name in grads
+        else np.zeros(leaf.shape, jax.dtypes.float0)
+        for name, leaf in _leaves(q).items()
     }
-    return replaced(q, **grads)
+    return replaced(q, **made)
+
+
+def _leaves(q):
+    return {
+        f.name: getattr(q, f.name)
+        for f in dataclasses.fields(q)  # pyright: ignore[reportArgumentType]
+        if not f.metadata.get("static") and getattr(q, f.name) is not None
+    }
 
 
 def _put(total, grad, window):
@@ -182,7 +197,3 @@ def _put(total, grad, window):
         return total + grad
     axis, start, _ = window
     return lax.dynamic_update_slice_in_dim(total, grad, start, axis)
-
-
-def _float0(leaf):
-    return np.zeros(leaf.shape, jax.dtypes.float0)

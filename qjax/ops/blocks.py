@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
 from qjax.packing import packed_rows, row_multiple
@@ -38,8 +39,15 @@ def replaced(q: Any, **fields: Any) -> Any:
 def materialize_scale(q: LayoutTensor) -> LayoutTensor:
     """Decodes a nested (doubly quantized) scale to float32; costs one scale array."""
     if isinstance(q.scale, QuantizedTensor):
-        return replaced(q, scale=load_scale(q.scale))
+        return replaced(q, scale=load_scale(gathered(q.scale)))
     return q
+
+
+def gathered(tree: Any) -> Any:
+    """`tree`, whole on every device of a mesh with explicit axes."""
+    if not jax.sharding.get_abstract_mesh().explicit_axes:
+        return tree
+    return jax.tree.map(lambda v: jax.sharding.reshard(v, PartitionSpec()), tree)
 
 
 def same_variance(tree: Any) -> Any:

@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 import qjax.pallas_kernels.device as device
 from qjax.errors import UnsupportedError
-from qjax.ops import grouped_kernels, windows
+from qjax.ops import grouped_kernels, shards, windows
 from qjax.ops.prepack import cut
 from qjax.ops.product import Packed, product
 from qjax.tensor import LayoutTensor
@@ -58,6 +58,12 @@ class Backend:
 
 
 def _run_windows(x, group_sizes, q, transpose):
+    if shards.explicit():
+
+        def again(x, q, group_sizes):
+            return _run_windows(x, group_sizes, q, transpose)
+
+        return shards.spread(again, x, q, transpose, group_sizes, independent=False)
     columns = q.matrix[0 if transpose else 1]
     stack, first, _ = grouped_kernels.flat(q)
 
@@ -130,7 +136,10 @@ def _names(m, dtype, q, transpose):
 
     Of accelerators, only the one that is traced for has its kernels chosen.
     """
-    keys = {"default", device.platform()} & set(PREFERENCE)
+    platform = device.platform()
+    if shards.explicit():  # branches for other platforms would split differently
+        return {"default": choose(platform, m, dtype, q, transpose)[0]}
+    keys = {"default", platform} & set(PREFERENCE)
     return {key: choose(key, m, dtype, q, transpose)[0] for key in sorted(keys)}
 
 
@@ -162,14 +171,19 @@ def _packed_forward(x, group_sizes, q, transpose, backend):
 def _packed_backward(transpose, backend, residuals, dy):
     del backend  # the transpose product chooses its own
     x, group_sizes, q = residuals
-    dx = packed(dy, group_sizes, q, not transpose, None)
+    dx: Any = packed(dy, group_sizes, q, not transpose, None)
     a, b = (dy, x) if transpose else (x, dy)
+
+    def leaves(q):
+        run = windows.leaf_gradients
+        return shards.leaf_gradients(run, a, b, q, group_sizes, independent=False)
+
     if isinstance(q, LayoutTensor):
-        grads = windows.leaf_gradients(a, b, group_sizes, q)
+        grads = leaves(q)
     else:
         one, pull = jax.vjp(cut, q)  # zeros in a stack's other layers
-        grads = pull(windows.leaf_gradients(a, b, group_sizes, one))[0]
-    return dx, _no_gradient(group_sizes), grads
+        grads = pull(leaves(one))[0]
+    return shards.like(dx, x), _no_gradient(group_sizes), grads
 
 
 packed.defvjp(_packed_forward, _packed_backward)

@@ -190,8 +190,8 @@ def _automatic(split: _Split) -> Callable[..., Array]:
     lead = "l " * split.lead
     k, n = ("n", "k") if split.transpose else ("k", "n")
     packed = {"codes": "p n", "scale": "g n", "zero": "g n", "table": "t"}
-    if split.spec.layout != "canonical":  # no axis of such codes is one of the matrix
-        packed["codes"] = "a b"
+    if split.spec.layout != "canonical":  # no axis of such arrays is one of the matrix
+        packed |= {"codes": "a b", "scale": "c d", "zero": "c d"}
     leaves = [lead + packed[name] for name in split.names] * split.count
     # A scalar has no factors; each axis of a tensor needs one.
     plain = [f"e{i}" if rank else "" for i, rank in enumerate(split.plain)]
@@ -204,10 +204,10 @@ def _partition(split: _Split, mesh, arguments, result):
     """Where each operand goes and what each device computes."""
     del result
     spec, codes = split.spec, arguments[1 + len(split.plain)]
-    rows = _axes(arguments[0], 0) if split.independent else ()
+    rows = split_axes(arguments[0], 0) if split.independent else ()
     along_k, along_n = (), ()
     if spec.layout == "canonical":
-        along_k, along_n = _axes(codes, -2), _axes(codes, -1)
+        along_k, along_n = split_axes(codes, -2), split_axes(codes, -1)
     parts = math.prod(mesh.shape[a] for a in along_k)
     if not split.linear or not _whole(spec, parts):
         along_k, parts = (), 1
@@ -245,10 +245,14 @@ def _partition(split: _Split, mesh, arguments, result):
     return mesh, lower, place(rows, outer), tuple(placed)
 
 
-def _axes(argument: Any, axis: int) -> tuple[str, ...]:
+def split_axes(argument: Any, axis: int) -> tuple[str, ...]:
     """Mesh axes that an operand's axis is split over."""
     spec = (*argument.sharding.spec, *(None,) * len(argument.shape))
-    entry = spec[: len(argument.shape)][axis]
+    return axes_of(spec[: len(argument.shape)][axis])
+
+
+def axes_of(entry: Any) -> tuple[str, ...]:
+    """Mesh axes that an entry of a `PartitionSpec` names."""
     return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 

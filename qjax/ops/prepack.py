@@ -21,7 +21,7 @@ import qjax.pallas_kernels.device as device
 from qjax.formats import Format, Int
 from qjax.formats.codebook import TableFormat
 from qjax.ops import kernels
-from qjax.ops.blocks import materialize_scale, replaced
+from qjax.ops.blocks import gathered, materialize_scale, replaced
 from qjax.pallas_kernels.weights import Weight, WeightSpec
 from qjax.tensor import (
     AffineTensor,
@@ -146,7 +146,9 @@ def canonical(tree: _T) -> _T:
 def cut(q: Any) -> LayoutTensor:
     """The weight at rest, with a float scale; a layer is copied out of its stack."""
     one: Any = q.cut() if isinstance(q, LayerOf) else q
-    return materialize_scale(one.canonical() if isinstance(one, Prepacked) else one)
+    if isinstance(one, Prepacked):
+        one = gathered(one).canonical()
+    return materialize_scale(one)
 
 
 def _map(function: Any, tree: Any) -> Any:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 import qjax.pallas_kernels.device as device
 from qjax.errors import UnsupportedError
 from qjax.formats import Cast
-from qjax.ops import blocked, kernels, rows
+from qjax.ops import blocked, kernels, rows, shards
 from qjax.ops.blocks import replaced, same_variance
 from qjax.ops.prepack import Prepacked, cut
 from qjax.tensor import LayoutTensor, MinifloatTensor
@@ -127,7 +127,11 @@ def product(x, q, transpose, backend):
                 f"{q!r}: {reason}; use backend=None"
             )
         log(x, q, transpose, backend)
-        return BACKENDS[backend].run(x, q, transpose)
+        return _run(backend, x, q, transpose, backend)
+    if shards.explicit():  # branches for other platforms would split differently
+        name, _ = choose(device.platform(), m, q, dtype, transpose)
+        log(x, q, transpose, name)
+        return _run(name, x, q, transpose, None)
     # Programs can be compiled for a platform other than the one they are traced for;
     # of accelerators, only the one that is traced for has its kernels chosen.
     keys = {"cpu", "default", device.platform()} & set(PREFERENCE)
@@ -141,6 +145,17 @@ def product(x, q, transpose, backend):
         return lambda x, q: BACKENDS[name].run(x, q, transpose)
 
     return lax.platform_dependent(x, q, **{k: run(v) for k, v in names.items()})
+
+
+def _run(name, x, q, transpose, backend):
+    """Runs a backend; on explicit axes a shard chooses again unless one was named."""
+    if name in kernels.KINDS or not shards.explicit():
+        return BACKENDS[name].run(x, q, transpose)
+
+    def run(x, q):
+        return product(x, q, transpose, backend)
+
+    return shards.spread(run, x, q, transpose)
 
 
 def log(x, q, transpose, what):
@@ -167,17 +182,17 @@ def _forward(x, q, transpose, backend):
 def _backward(transpose, backend, residuals, dy):
     del backend  # the transpose product chooses its own
     x, q = residuals
-    dx = product(dy, q, not transpose, None)
+    dx = shards.like(product(dy, q, not transpose, None), x)
     a, b = (dy, x) if transpose else (x, dy)
     return dx, leaf_gradients(a, b, q)
 
 
 def leaf_gradients(a, b, q):
-    """`blocked.leaf_gradients` of anything that backends multiply by."""
+    """The gradient of anything that backends multiply by; see `shards`."""
     if isinstance(q, LayoutTensor):
-        return blocked.leaf_gradients(a, b, q)
+        return shards.leaf_gradients(blocked.leaf_gradients, a, b, q)
     one, pull = jax.vjp(cut, q)  # zeros in a stack's other layers
-    return pull(blocked.leaf_gradients(a, b, one))[0]
+    return pull(shards.leaf_gradients(blocked.leaf_gradients, a, b, one))[0]
 
 
 product.defvjp(_forward, _backward)
@@ -191,7 +206,8 @@ def array_product(x, w, transpose):
     """
     dense = functools.partial(dense_product, transpose=transpose)
     widened = x.shape[0] <= rows.MAX_ROWS or x.dtype != w.dtype
-    if w.dtype.itemsize != 2 or not widened or not x.shape[0] or not w.size:
+    plain = w.dtype.itemsize != 2 or not widened or shards.explicit()
+    if plain or not x.shape[0] or not w.size:
         return dense(x, w)
 
     def packed(x, w):

@@ -17,12 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from qjax.ops import blocked
-from qjax.ops.blocks import replaced, zeros_like_sum
+from qjax.ops.blocks import zeros_like_sum
 from qjax.tensor import LayoutTensor
 
 SIZES = (1, 8, 64, 512)
@@ -144,29 +143,23 @@ def pick(weights: Any, expert: Any) -> Any:
 def leaf_gradients(
     a: Float[Array, "m in"],
     b: Float[Array, "m out"],
-    group_sizes: Int[Array, " experts"],
     q: LayoutTensor,
-) -> LayoutTensor:
+    group_sizes: Int[Array, " experts"],
+) -> dict[str, Array]:
     """`blocked.leaf_gradients` of every expert's weight, whose gradient is `a_e^T b_e`.
 
     Args:
       a: activations or cotangents on the `in` side, sorted by expert.
       b: the same on the `out` side.
-      group_sizes: rows of each expert.
       q: the stacked weight.
+      group_sizes: rows of each expert.
 
     Returns:
-      A tensor like `q`; integer leaves hold float0 zeros.
+      Float32 gradients by the name of the leaf.
     """
     where = plan(group_sizes, a.shape[0])
     width = where.sizes[-1]
     a, b = (jnp.pad(v, [(0, width), (0, 0)]) for v in (a, b))
-    leaves = {
-        f.name: getattr(q, f.name)
-        for f in dataclasses.fields(q)  # pyright: ignore[reportArgumentType]
-        if not f.metadata.get("static") and getattr(q, f.name) is not None
-    }
-    floats = {k: v for k, v in leaves.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
 
     def step(i, totals):
         expert, first, count = where.window(i)
@@ -174,19 +167,11 @@ def leaf_gradients(
         a_rows, b_rows = mask_rows(a_rows, count), mask_rows(b_rows, count)
         part = blocked.leaf_gradients(a_rows, b_rows, pick(q, expert))
         return {
-            name: total.at[expert].add(getattr(part, name).astype(jnp.float32))
-            for name, total in totals.items()
+            name: total.at[expert].add(part[name]) for name, total in totals.items()
         }
 
     totals = {
         k: zeros_like_sum(v.shape, jnp.float32, a, b, group_sizes, v)
-        for k, v in floats.items()
+        for k, v in blocked.float_leaves(q).items()
     }
-    totals = lax.fori_loop(0, where.turns[-1], step, totals)
-    grads: dict[str, Any] = {
-        name: totals[name].astype(leaf.dtype)
-        if name in totals
-        else np.zeros(leaf.shape, jax.dtypes.float0)
-        for name, leaf in leaves.items()
-    }
-    return replaced(q, **grads)
+    return lax.fori_loop(0, where.turns[-1], step, totals)

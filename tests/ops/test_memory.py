@@ -23,16 +23,19 @@ def device_sharding(platform, monkeypatch):
     """None for this CPU; a sharding on one device of a TPU that need not exist."""
     if platform == "cpu":
         return None
+    topology = device_topology(platform, monkeypatch)
+    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+
+def device_topology(platform, monkeypatch):
+    """Four TPUs that need not exist."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.fail("libtpu is not installed; pip install 'qjax-llm[test]' brings it")
     from jax.experimental import topologies
 
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=f"{platform}:2x2"
-    )
-    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+    return topologies.get_topology_desc(platform="tpu", topology_name=f"{platform}:2x2")
 
 
 def temporaries(function, shapes, fmt, sharding, kind="cpu"):
