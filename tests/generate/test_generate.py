@@ -11,8 +11,11 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from qjax import decoding
 from qjax.errors import SpecError
+from qjax.formats import Int
 from qjax.generate import generate, generate_detailed
+from qjax.methods import quantize
 from qjax.models import Decoder, ModelConfig, param_shapes
+from qjax.ops import prepack
 from qjax.text import Tokenizer
 
 CONTEXT = 160
@@ -122,6 +125,20 @@ def test_greedy_equals_full_forward_passes(model, tokenizer, continue_slowly, pe
         model, tokenizer, PROMPTS[1:2], 40, repetition_penalty=penalty
     )
     assert alone[0].tokens == together[1].tokens
+
+
+@pytest.mark.parametrize("data", [LLAMA, GPT2], ids=["untied", "tied"])
+def test_prepacked_weights_and_a_quantized_embedding(data, tokenizer):
+    model = make_model(data)
+    params = {
+        name: quantize(leaf, Int(8, 16), axis=-1 if name.startswith("embed.") else -2)
+        if name.startswith("embed.") or name.endswith(".kernel")
+        else leaf
+        for name, leaf in model.params().items()
+    }
+    packed = Decoder(model.config, params)
+    expected = generate(packed, tokenizer, PROMPTS, 8)
+    assert generate(prepack(packed), tokenizer, PROMPTS, 8) == expected
 
 
 def test_one_compilation_per_batch_and_bucket(model, tokenizer):

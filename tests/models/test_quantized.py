@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import qjax
 from qjax.formats import NF4, Int
 from qjax.methods import quantize
 from qjax.models import Decoder, ModelConfig, from_hf
-from qjax.tensor import QuantizedTensor
+from qjax.ops import target
+from qjax.ops.prepack import Prepacked
+from qjax.tensor import AffineTensor, QuantizedTensor
+from qjax.wrappers import Transposed
 
 
 def _quantized(params, fmt, keep=()):
@@ -48,6 +52,36 @@ def test_packed_model_equals_its_dequantized_self(name, fmt, golden, tensors_of)
     expected = _run(Decoder(config, _dense(params)), tokens)[0]
     logits, _ = _run(model, tokens)
     np.testing.assert_allclose(logits, expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("name, tied", [("llama", False), ("qwen2", True)])
+def test_prepacked_model_keeps_its_embedding(name, tied, golden, tensors_of):
+    """Rows are gathered from the layout at rest, which a tied head multiplies by."""
+    config = ModelConfig.from_hf(golden.CASES[name])
+    assert config.tied == tied
+    params = _quantized(from_hf(config, tensors_of(name)), Int(4, 16))
+    model, tokens = Decoder(config, params), golden.make_tokens()
+    packed = qjax.prepack(model)
+    table = packed.embed.tokens.weight()
+    assert isinstance(table, Transposed) and isinstance(table.base, AffineTensor)
+    np.testing.assert_array_equal(
+        packed.embed.tokens(tokens), model.embed.tokens(tokens)
+    )
+    rows = np.asarray(table.dequantize())[np.asarray(tokens)]
+    np.testing.assert_array_equal(qjax.ops.embed(tokens, table), rows)
+    expected = _run(model, tokens)[0]
+    logits, _ = _run(packed, tokens)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    with target("NVIDIA H200"):  # layouts of other devices are for other weights too
+        away = qjax.prepack(model)
+    kinds = [isinstance(leaf, Prepacked) for leaf in _packed_leaves(away)]
+    assert any(kinds) and not isinstance(away.embed.tokens.weight().base, Prepacked)
+    np.testing.assert_allclose(_run(away, tokens)[0], expected, rtol=1e-2, atol=1e-3)
+
+
+def _packed_leaves(model):
+    is_leaf = lambda v: isinstance(v, Prepacked)  # noqa: E731
+    return jax.tree.leaves(nnx.state(model), is_leaf=is_leaf)
 
 
 def test_runs_form_where_formats_agree(golden, tensors_of):

@@ -8,8 +8,11 @@ from flax import nnx
 from jax.export import DisabledSafetyCheck
 
 import qjax
-from qjax.ops import canonical, explain, matmul, prepack, target
+from qjax.ops import canonical, explain, kernels, matmul, prepack, target
+from qjax.ops.blocks import materialize_scale
 from qjax.ops.prepack import Prepacked
+from qjax.pallas_kernels import native
+from qjax.pallas_kernels.matmul import cpu_layout
 from qjax.wrappers import Transposed, layer_of
 
 from .conftest import FORMATS, random, weight, wrap
@@ -25,8 +28,17 @@ def same(a, b):
 
 
 PLANES = ("int3", "int5", "int6", "int7")
+
+
+def strips(name):
+    """Whether native code reads another layout of a weight than the one at rest."""
+    spec = kernels.kernel_spec(materialize_scale(weight(name)))
+    loaded = native.status().loaded and not isinstance(spec, str)
+    return loaded and cpu_layout.obstacle(spec) is None
+
+
 LAYOUTS = {
-    "cpu": lambda name: False,
+    "cpu": strips,
     "TPU v5 lite": lambda name: name.startswith(PLANES),
     "NVIDIA H200": lambda name: not name.startswith(("int4-g2", "int4-out", "nf4-f")),
 }
@@ -38,7 +50,7 @@ LAYOUTS = {
 def test_the_way_back_is_exact(name, kind, activation):
     q = weight(name)
     packed = prepack(q, kind=kind, activation=activation)
-    if activation is None and name not in ("dynamic8", "bfloat16"):
+    if (activation is None or kind == "cpu") and name not in ("dynamic8", "bfloat16"):
         changed = name in NESTED or LAYOUTS[kind](name)
         assert isinstance(packed, Prepacked) == changed
     same(canonical(packed), q)

@@ -1,5 +1,7 @@
 """Products and gradients on meshes with explicit axes, with and without kernels."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,10 +173,14 @@ def test_prepacked_rows_under_jit():
     for fmt in (Int(4, 32), Int(8, 32, symmetric=False), NF4(32), NF4(32, double=True)):
         stack = prepack(qjax.quantize(random((3, ROWS, COLS), 1), fmt))
         assert isinstance(stack, Prepacked)
-        whole = jax.device_put(stack, NamedSharding(mesh, P()))
         run = jax.jit(lambda x, q: with_gradients(matmul, x, layer_of(q, jnp.int32(2))))
-        got, expected = run(rows, whole), run(x, stack)
-        compare(got, expected)
-        assert got[0].sharding.spec == P("data")
         mapped = jax.jit(jax.vmap(matmul, (None, 0)))
-        compare(mapped(rows, whole), mapped(x, stack))
+        expected, both = run(x, stack), mapped(x, stack)
+        for split in (P(), P(None, None, "data")):
+            place = NamedSharding(mesh, split)
+            codes, scale = jax.device_put((stack.codes, stack.scale), place)
+            placed = dataclasses.replace(stack, codes=codes, scale=scale)
+            compare(run(rows, placed), expected)
+            compare(mapped(rows, placed), both)
+            if split == P():
+                assert run(rows, placed)[0].sharding.spec == P("data")
