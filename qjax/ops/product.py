@@ -152,7 +152,7 @@ def _run(name, x, q, transpose, backend):
     if name in kernels.KINDS or not shards.explicit():
         return BACKENDS[name].run(x, q, transpose)
 
-    def run(x, q):
+    def run(x, q) -> Any:
         return product(x, q, transpose, backend)
 
     return shards.spread(run, x, q, transpose)

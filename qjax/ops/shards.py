@@ -136,7 +136,8 @@ class _Plan(NamedTuple):
 def _plan(q: Any) -> _Plan:
     """Leaves stay split where their shards are weights themselves."""
     base = q.base if isinstance(q, LayerOf) else q
-    matrix, over = list(q.matrix), [(), ()]
+    matrix = list(q.matrix)
+    over: list[tuple[str, ...]] = [(), ()]
     cuts: dict[str, dict[int, tuple[str, ...]]] = {}
     sides: tuple[Axis, Axis] = ("in", "out")
     for i, axis in enumerate(sides):
