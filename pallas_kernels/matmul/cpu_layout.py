@@ -1,4 +1,4 @@
-"""Weights in the order in which CPU kernels read them: strip after strip of columns.
+"""Weights in the order in which CPU kernels read them: strip by strip of columns.
 
 In the canonical layout the bytes of 64 columns are as far apart as the matrix is wide,
 which memory serves at a fraction of its speed. Here the matrix is cut into strips of 64
@@ -141,7 +141,7 @@ def check(weight: Weight, spec: WeightSpec, x_shape: tuple[int, ...], *, name: s
 
 
 def _strips(leaf, rows):
-    """Rows `[..., r, n]`, padded, as `[..., strips, rows, 64]`."""
+    """Rows `[..., r, n]`, padded to `rows`, as strips `[..., strips, rows, 64]`."""
     *lead, have, n = leaf.shape
     pads = [(0, 0)] * len(lead) + [(0, rows - have), (0, -n % STRIP)]
     split = jnp.pad(leaf, pads).reshape(*lead, rows, -1, STRIP)

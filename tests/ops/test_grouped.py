@@ -326,12 +326,26 @@ def test_a_layer_of_a_stack():
     same_gradients(got, want)
 
 
-def test_prepacked():
-    q = stacked("nf4-double")
-    x = random((20, ROWS), 2)
-    packed = prepack(q, kind="TPU v6 lite")
-    assert isinstance(packed, Prepacked)
-    close(grouped_matmul(x, int32(SIZES), packed), grouped_matmul(x, int32(SIZES), q))
+@pytest.mark.parametrize("kind", ["cpu", "TPU v6 lite", "NVIDIA H200"])
+@pytest.mark.parametrize("name", ["int3-g32", "int4-g32", "nf4-double"])
+def test_prepacked(name, kind):
+    """Experts in the layout of any device, also those of one layer of a stack."""
+    layers = quantize(random((2, EXPERTS, ROWS, COLS), 1), FORMATS[name])
+    x, packed = random((20, ROWS), 2), prepack(layers, kind=kind)
+    assert isinstance(packed, Prepacked) == (
+        (name, kind) != ("int4-g32", "TPU v6 lite")
+    )
+
+    def run(x, layers):
+        return grouped_matmul(x, int32(SIZES), layer_of(layers, int32(1)))
+
+    def slope(layers):
+        return jax.jit(jax.grad(lambda x: jnp.sum(run(x, layers) ** 2)))(x)
+
+    close(run(x, packed), expected(x, SIZES, layers[1].dequantize(jnp.float32)))
+    close(slope(packed), slope(layers))
+    one = prepack(layers[1], kind=kind)
+    close(grouped_matmul(x, int32(SIZES), one), run(x, layers))
 
 
 @pytest.mark.parametrize("name", ["int4-g128", "nf4", "nvfp4"])
