@@ -52,16 +52,9 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys
   }
   const int64_t layers = cache.size() == 5 ? cache[0] : -1;
   int64_t at = 0;
-  if (layers >= 0) {
-    if (layer.element_type() != ffi::DataType::S32 || layer.element_count() != 1) {
-      return bad("layer has to be one int32");
-    }
-    at = *static_cast<const int32_t*>(layer.untyped_data());
-    if (at < 0 || at >= layers) {
-      return bad("layer " + std::to_string(at) + " of " + std::to_string(layers));
-    }
-  }
-  if (!stored(keys, at, layers, c, c.length, c.row, &c.keys)) return bad("keys");
+  const std::string fault = read_layer(layer, layers, &at);
+  if (!fault.empty()) return bad(fault);
+  if (!stored(keys, at, layers, c, c.length, c.row, &c.keys)) return bad("the cache does not fit q");
   const bool coded = !is_float(c.keys.type);
   c.values = c.keys;
   c.nibbles = c.keys.type == Type::u8;

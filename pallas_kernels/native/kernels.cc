@@ -230,15 +230,8 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes
   if (rank != 2 && rank != 3) return bad("codes need rank 2 or 3");
   const int64_t layers = rank == 3 ? codes.dimensions()[0] : -1;
   int64_t at = 0;
-  if (layers >= 0) {
-    if (layer.element_type() != ffi::DataType::S32 || layer.element_count() != 1) {
-      return bad("layer has to be one int32");
-    }
-    at = *static_cast<const int32_t*>(layer.untyped_data());
-    if (at < 0 || at >= layers) {
-      return bad("layer " + std::to_string(at) + " of " + std::to_string(layers));
-    }
-  }
+  const std::string fault = read_layer(layer, layers, &at);
+  if (!fault.empty()) return bad(fault);
   const void* data = nullptr;
   if (!leaf(codes, at, layers, packed, wide, 1, &data) || codes.size_bytes() !=
       codes.element_count()) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <string>
 
 #include "call.h"
 #include "ffi.h"
@@ -45,5 +46,19 @@ inline bool shaped(const xla::ffi::AnyBuffer& buffer, std::initializer_list<int6
 }
 
 inline size_t size_of(Type type) { return type == Type::f32 ? 4 : is_float(type) ? 2 : 1; }
+
+// Reads which of `layers` of a stack is meant; there is no stack below 0. Returns what is
+// wrong, or nothing.
+inline std::string read_layer(const xla::ffi::AnyBuffer& layer, int64_t layers,
+                              int64_t* at) {
+  *at = 0;
+  if (layers < 0) return "";
+  if (layer.element_type() != xla::ffi::DataType::S32 || layer.element_count() != 1) {
+    return "layer has to be one int32";
+  }
+  *at = *static_cast<const int32_t*>(layer.untyped_data());
+  if (*at >= 0 && *at < layers) return "";
+  return "layer " + std::to_string(*at) + " of " + std::to_string(layers);
+}
 
 }  // namespace qjax
