@@ -95,6 +95,7 @@ int64_t block_rows(const Call& c) {
 
 void cut_blocks(Call& c, int64_t group, const Engine& engine) {
   const int64_t most = block_rows(c);
+  c.blocks.reserve((c.k / group + 1) * ((group < c.k ? group : c.k) / most + 1));
   int64_t g = 0;
   for (int64_t start = 0; start < c.k; start += group, ++g) {
     int64_t end = start + group < c.k ? start + group : c.k;
@@ -147,7 +148,13 @@ bool run_transposed(const Call& c, const Engine& engine, xla::ffi::ThreadPool& p
 }
 
 bool run(Call& c, const Engine& engine, xla::ffi::ThreadPool& pool) {
-  Buffer xq, xf, step, sum;
+  struct Buffers {
+    Buffer xq, xf, step, sum;
+  };
+  // Few rows need little memory, and getting it takes as long as a small product.
+  thread_local Buffers kept;
+  Buffers fresh;
+  auto& [xq, xf, step, sum] = c.m <= kFewRows ? kept : fresh;
   const int64_t threads = pool.num_threads() > 0 ? pool.num_threads() : 1;
   const size_t blocks = c.blocks.size();
   c.step = step.get<float>(c.m * blocks + 1);
@@ -242,26 +249,30 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes
   c.scale.type = type_of(scale.element_type());
   if (c.scale.type == Type::u8) c.scale.type = Type::e8m0;
   if (c.scale.type == Type::none || c.scale.type == Type::s8 ||
-      !leaf(scale, at, layers, rows, strips ? kStrip : n, size_of(c.scale.type), &c.scale.data)) {
+      !leaf(scale, at, layers, rows, strips ? kStrip : n, size_of(c.scale.type),
+            &c.scale.data)) {
     return bad("scale has another shape or type than [groups, n]");
   }
   if (!empty(zero)) {
     c.zero.type = type_of(zero.element_type());
     if (c.zero.type == Type::none ||
-        !leaf(zero, at, layers, rows, strips ? kStrip : n, size_of(c.zero.type), &c.zero.data)) {
+        !leaf(zero, at, layers, rows, strips ? kStrip : n, size_of(c.zero.type),
+              &c.zero.data)) {
       return bad("zero has another shape or type than [groups, n]");
     }
   }
-  const int64_t entries = int64_t(1) << bits;
+  const int64_t entries = int64_t(1) << bits, last = entries - 1;
   if (c.kind == Kind::table) {
     const bool shared = shaped(table, {entries});
-    if ((!shared && !shaped(table, {layers, entries})) || table.element_type() != ffi::DataType::F32) {
+    if ((!shared && !shaped(table, {layers, entries})) ||
+        table.element_type() != ffi::DataType::F32) {
       return bad("table has another shape or type than float32 [2**bits]");
     }
-    auto* values = static_cast<const float*>(table.untyped_data()) + (shared ? 0 : at * entries);
-    for (int64_t i = 0; i < 256; ++i) c.table[i] = values[i % entries];
+    auto* values = static_cast<const float*>(table.untyped_data());
+    if (!shared) values += at * entries;
+    for (int64_t i = 0; i < 256; ++i) c.table[i] = values[i & last];
   } else {
-    for (int64_t i = 0; i < 256; ++i) c.table[i] = float(i % entries);
+    for (int64_t i = 0; i < 256; ++i) c.table[i] = float(i & last);
   }
   if (x.dimensions().size() != 2 || x.dimensions()[1] != c.columns()) {
     return bad("x has another shape than [m, " + std::to_string(c.columns()) + "]");
