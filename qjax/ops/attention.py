@@ -113,10 +113,11 @@ def decode_attention(
             both = dict(scale=scale, window=window, **options)
             if name == "xla":
                 return _blockwise(q, cache, queries, keys, layer, **both)
-            return api.decode_attention(
+            y = api.decode_attention(
                 q, cache, positions=keys, queries=queries, layer=layer,
                 backend=name, **both,
             )  # fmt: skip
+            return same_variance((y, q, cache, queries, keys))[0]
 
         if name in ("xla", "reference"):
             return call
@@ -232,10 +233,11 @@ def float_attention(
 
 
 def _native(softcap, q, keys, values, queries, positions, layer, scale, window):
-    return cpu.attention(
+    y = cpu.attention(
         q, (keys, values), queries, positions, layer=layer, scale=scale,
         window=window, softcap=softcap,
     )  # fmt: skip
+    return same_variance((y, q, keys, values, queries, positions))[0]
 
 
 def write_kv(

@@ -8,6 +8,7 @@ import pytest
 from qjax import ops
 from qjax.errors import SpecError, UnsupportedError
 from qjax.ops import attention
+from qjax.pallas_kernels import native
 from qjax.pallas_kernels.attention import reference, specs
 from tests.pallas_kernels.attention.suite import AttentionSuite, exact, problem
 
@@ -131,7 +132,11 @@ def test_choice_follows_the_platform():
     )  # fmt: skip
     assert attention.choose("tpu", specs.Problem(**base)) == ("tpu", [])
     assert attention.choose("cuda", specs.Problem(**base)) == ("gpu", [])
-    assert attention.choose("cpu", specs.Problem(**base)) == ("xla", [])
+    name, refused = attention.choose("cpu", specs.Problem(**base))
+    assert name == ("native" if native.status().loaded else "xla")
+    assert bool(refused) != native.status().loaded
+    odd = specs.Problem(**base | {"head_dim": 20})
+    assert attention.choose("cpu", odd)[0] == "xla"
     name, refused = attention.choose("tpu", specs.Problem(**base | {"length": 100}))
     assert name == "xla" and refused[0][0] == "tpu" and "100 slots" in refused[0][1]
 
