@@ -1,39 +1,50 @@
 // Activations as the engines of engine.h want them.
 
-// Rows `[groups][4 units][PER]` of fixed-point numbers as dwords `[groups][PER]` of their
-// bytes: of high halves to `high`, of low ones to `low`, `skip` dwords apart. Returns the
-// sum.
+// The even bytes of eight.
+INLINE uint32_t even_bytes(uint64_t v) {
+  v &= 0x00FF00FF00FF00FF;
+  v = (v | v >> 8) & 0x0000FFFF0000FFFF;
+  return static_cast<uint32_t>(v | v >> 16);
+}
+
+// Bytes `[groups][4 units][PER rows]` as dwords `[groups][PER]`, `skip` dwords apart.
 template <int PER>
-static int32_t place(const int32_t* q, int64_t groups, int64_t skip, int32_t* high,
-                     int32_t* low) {
-  int32_t total = 0;
-  for (; groups > 0; --groups, q += 4 * PER) {
-    UNROLL for (int j = 0; j < PER; ++j, high += skip, low += skip) {
-      uint32_t upper = 0, lower = 0;
-      UNROLL for (int u = 0; u < 4; ++u) {
-        const int32_t v = q[u * PER + j];
-        total += v;
-        upper |= uint32_t(uint8_t((v + 128) >> 8)) << (8 * u);
-        lower |= uint32_t(uint8_t(v)) << (8 * u);
-      }
-      *high = int32_t(upper);
-      *low = int32_t(lower);
+static void place(const uint8_t* bytes, int64_t groups, int64_t skip, int32_t* out) {
+  for (; groups > 0; --groups, bytes += 4 * PER, out += PER * skip) {
+    if constexpr (PER == 2) {
+      uint64_t all = 0;
+      UNROLL for (int i = 7; i >= 0; --i) all = all << 8 | bytes[i];
+      out[0] = static_cast<int32_t>(even_bytes(all));
+      out[skip] = static_cast<int32_t>(even_bytes(all >> 8));
+      continue;
+    }
+    UNROLL for (int j = 0; j < PER; ++j) {
+      uint32_t four = 0;
+      UNROLL for (int u = 3; u >= 0; --u) four = four << 8 | bytes[u * PER + j];
+      out[j * skip] = static_cast<int32_t>(four);
     }
   }
-  return total;
 }
 
 // One block of x in fixed point, bytes in the order of a panel. Returns the sum.
 static int32_t place(const Call& c, const Block& block, int32_t* q, int32_t* to) {
-  for (int64_t i = block.rows; i < 4 * block.dwords; ++i) q[i] = 0;
+  uint8_t high[kBlock + 32], low[kBlock + 32];
+  const int64_t count = 4 * block.dwords, groups = block.dwords / c.per;
+  for (int64_t i = block.rows; i < count; ++i) q[i] = 0;
+  int32_t total = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    total += q[i];
+    high[i] = static_cast<uint8_t>((q[i] + 128) >> 8);
+    low[i] = static_cast<uint8_t>(q[i]);
+  }
   auto run = c.per == 1   ? place<1>
              : c.per == 2 ? place<2>
              : c.per == 4 ? place<4>
                           : place<8>;
-  const int64_t groups = block.dwords / c.per, skip = c.planes ? 1 : c.halves;
-  // With one half the second write to a place counts.
-  int32_t* low = to + (c.halves - 1) * (c.planes ? block.dwords : 1);
-  return run(q, groups, skip, to, low);
+  const int64_t skip = c.planes ? 1 : c.halves;
+  if (c.halves == 2) run(high, groups, skip, to);
+  run(low, groups, skip, to + (c.halves - 1) * (c.planes ? block.dwords : 1));
+  return total;
 }
 
 static float absmax(const float* x, int64_t count) {

@@ -111,3 +111,12 @@ def test_refuses(settings, message):
     """Numbers outside their range are named."""
     with pytest.raises(SpecError, match=message):
         make_sampling(BATCH, **settings)
+
+
+def test_greedy_takes_the_first_of_the_best(rng):
+    logits = rng.integers(0, 5, (5, VOCAB)).astype(np.float32)
+    logits[1, 7], logits[2], logits[3, 2], logits[4] = np.nan, -np.inf, np.inf, np.nan
+    keys = jax.vmap(jax.random.key)(jnp.arange(5))
+    seen = jnp.zeros((5, VOCAB), bool)
+    drawn = choose(jnp.asarray(logits), seen, keys, make_sampling(5, temperature=0.0))
+    np.testing.assert_array_equal(drawn, jnp.argmax(jnp.asarray(logits), -1))
