@@ -213,6 +213,10 @@ class A8Suite:
         name = data.draw(st.sampled_from(self.representative), "format")
         self.check(name, m, k, n, seed=data.draw(st.integers(0, 99), "seed"))
 
+    def test_one_column(self):
+        # Also where columns are shared out to two cores.
+        self.check(self.representative[0], 17, 128, 1)
+
     def test_no_rows(self):
         weight, spec = random_weight("w8", 256, 128)
         y = self.run(jnp.zeros((0, 256)), weight, spec, activation=INT)
