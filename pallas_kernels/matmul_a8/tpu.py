@@ -153,7 +153,7 @@ def _call(
     scale, scale_layer = _stat(w.scale, layer, powers=True)
     layers = [jnp.int32(0) if layer is None else layer, scale_layer]
     tiles, steps = -(-m // rows), -(-n // columns)
-    cores = min(specs.CHIPS[config.chip].cores, steps)  # none without a block of its own
+    cores = min(specs.CHIPS[config.chip].cores, steps)
     per_core = -(-steps // cores)
 
     def column(c, j):
