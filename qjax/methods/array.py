@@ -20,6 +20,7 @@ from qjax.formats import Format, Int
 from qjax.formats.base import check_choice
 from qjax.methods.base import Method
 from qjax.methods.rtn import RTN
+from qjax.methods.statistics import Statistics
 from qjax.scales import nvfp4_divisor, store_scale
 from qjax.tensor import (
     LayoutTensor,
@@ -40,6 +41,8 @@ def quantize(
     axis: int = -2,
     importance: Any = None,
     key: Array | None = None,
+    statistics: Statistics | None = None,
+    shared: Any = None,
     nonfinite: str = "raise",
     name: str = "weight",
 ) -> QuantizedTensor:
@@ -53,6 +56,8 @@ def quantize(
         `[vocab, dim]`, torch weights `[out, in]`) the result is `Transposed`.
       importance: non-negative error weights broadcastable to `w`.
       key: random key for stochastic rounding.
+      statistics: of the inputs, for methods that are calibrated; see `Method.needs`.
+      shared: what the method's `prepare` returned for the same inputs.
       nonfinite: `raise`, `zero` (NaN and infinities become 0) or `clip` (NaN becomes 0,
         infinities the largest finite magnitude in `w`). Under `jit` nothing can be
         raised and `raise` acts as `clip`.
@@ -107,6 +112,8 @@ def quantize(
             method or RTN(),
             importance,
             key,
+            statistics,
+            shared,
             treatment,
             device.device_kind(),
         )
@@ -118,19 +125,27 @@ def _compute_dtype(dtype):
     return jnp.float32 if dtype == jnp.float64 else dtype
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 5, 6))
-def _quantize(w, fmt, method, importance, key, nonfinite, kind=None):
+@functools.partial(jax.jit, static_argnums=(1, 2, 7, 8))
+def _quantize(
+    w, fmt, method, importance, key, statistics, shared, nonfinite, kind=None
+):
     """Quantizes for a `kind` of device, which the choice of an encoder depends on."""
     del kind
+    arrays = {
+        "importance": importance,
+        "key": key,
+        "statistics": statistics,
+        "shared": shared,
+    }
     if nonfinite == "none":
-        return method(w, fmt, importance=importance, key=key)
+        return method(w, fmt, **arrays)
     finite = jnp.where(jnp.isfinite(w), w, jnp.zeros_like(w))
     if nonfinite == "clip":
         top = jnp.max(jnp.abs(finite))
         w = jnp.where(jnp.isinf(w), jnp.sign(w) * top, finite)
     else:
         w = finite
-    return method(w, fmt, importance=importance, key=key)
+    return method(w, fmt, **arrays)
 
 
 def check_finite(w: Any, name: str, *, transposed: bool = False) -> None:

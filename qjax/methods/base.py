@@ -2,12 +2,15 @@
 
 import abc
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from jaxtyping import Array, Float
 
+from qjax.errors import SpecError
 from qjax.formats import Format
 from qjax.formats.base import Described, build_described
+from qjax.methods.statistics import Statistics
 from qjax.tensor import QuantizedTensor
 
 _REGISTRY: dict[str, type["Method"]] = {}
@@ -17,9 +20,19 @@ _REGISTRY: dict[str, type["Method"]] = {}
 class Method(Described, abc.ABC):
     """Chooses scales and codes: frozen, hashable, static in jit.
 
-    Calling a method is a pure function of arrays: it runs under `jit` and is batched
-    over the leading axes of the weight.
+    Calling a method is a pure function of arrays: it runs under `jit`. Methods without
+    `needs` are batched over the leading axes of the weight; the others take one matrix.
+
+    A method that starts from another (a rotation, a search of input scales) holds it in
+    a field and returns a wrapper around what that one returns.
+
+    Attributes:
+      needs: fields of `Statistics` without which the method cannot run: any of
+        `"square"` (which stands for all sums per feature), `"hessian"`, `"cross"` and
+        `"gradient"`.
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -38,6 +51,8 @@ class Method(Described, abc.ABC):
         *,
         importance: Float[Array, "..."] | None = None,
         key: Array | None = None,
+        statistics: Statistics | None = None,
+        shared: Any = None,
     ) -> QuantizedTensor:
         """Quantizes a finite weight.
 
@@ -47,13 +62,54 @@ class Method(Described, abc.ABC):
           importance: non-negative weights of the squared error, broadcastable to `w`
             (for example `[in, 1]`: mean squared activation per input).
           key: random key, for stochastic methods.
+          statistics: of the weight's inputs, for methods with `needs`.
+          shared: what `prepare` returned for these inputs; computed here when None.
 
         Returns:
           The quantized tensor, logical dtype float32.
 
         Raises:
-          SpecError: the method does not apply to the format.
+          SpecError: the method does not apply to the format, or `statistics` lacks a
+            field that it needs.
         """
+
+    def prepare(
+        self,
+        weights: Sequence[Float[Array, "in _"]],
+        fmt: Format,
+        statistics: Statistics | None,
+    ) -> Any:
+        """What the weights with one common input share, such as query, key and value.
+
+        A factorization of the Hessian is computed once this way, and a search of input
+        scales finds scales that suit all of them, which a norm can then absorb.
+
+        Args:
+          weights: all weights that multiply the input.
+          fmt: the number format.
+          statistics: of the input.
+
+        Returns:
+          A pytree for `shared=`, or None when nothing is shared.
+        """
+        del weights, fmt, statistics
+
+    def check_statistics(self, statistics: Statistics | None) -> Statistics:
+        """Returns `statistics`, which hold all fields that the method needs.
+
+        Raises:
+          SpecError: there are none, or a field is missing.
+        """
+        missing = sorted(
+            field for field in self.needs if getattr(statistics, field, None) is None
+        )
+        if statistics is None or missing:
+            raise SpecError(
+                f"{self.name}: needs statistics of the weight's inputs "
+                f"({', '.join(missing)}); pass calibration= when quantizing a model, "
+                "or statistics= when quantizing an array"
+            )
+        return statistics
 
 
 def method_from_dict(spec: dict[str, Any]) -> Method:

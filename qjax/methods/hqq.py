@@ -16,6 +16,7 @@ Models, 2023; hqq 0.2.8 `core/optimize.py`.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from qjax.errors import SpecError
 from qjax.formats import Format, Int
 from qjax.methods.base import Method
 from qjax.methods.rtn import Problem, keep_better
+from qjax.methods.statistics import Statistics
 from qjax.tensor import QuantizedTensor
 
 
@@ -74,8 +76,11 @@ class HQQ(Method):
         *,
         importance: Float[Array, "..."] | None = None,
         key: Array | None = None,
+        statistics: Statistics | None = None,
+        shared: Any = None,
     ) -> QuantizedTensor:
         """See `Method.__call__`. `importance` weighs the least-squares solutions."""
+        del key, statistics, shared
         if not isinstance(fmt, Int):
             raise SpecError(f"HQQ fits integer formats (Int), got {fmt.name}")
         p = Problem.build(w, fmt, importance)

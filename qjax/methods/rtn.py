@@ -28,6 +28,7 @@ from qjax.formats.base import check_choice, divided, rounded
 from qjax.formats.codebook import TableFormat
 from qjax.methods.base import Method
 from qjax.methods.fused import fused_codes, group_absmax
+from qjax.methods.statistics import Statistics
 from qjax.scales import nvfp4_divisor, store_scale
 from qjax.tensor import (
     QuantizedTensor,
@@ -85,8 +86,11 @@ class RTN(Method):
         *,
         importance: Float[Array, "..."] | None = None,
         key: Array | None = None,
+        statistics: Statistics | None = None,
+        shared: Any = None,
     ) -> QuantizedTensor:
         """See `Method.__call__`."""
+        del statistics, shared
         if self.stochastic and key is None:
             raise SpecError("RTN(stochastic=True) needs a random key: pass key=")
         matrix = (w.shape[-2], w.shape[-1])
