@@ -27,9 +27,10 @@ def factor(
 ) -> tuple[Float[Array, "in in"], Int[Array, ""]]:
     """The unit upper factor `M` of a damped Hessian.
 
-    `H + lambda I = M D M^T` with `lambda = damp * mean(diag(H))`, where `D` has diagonal
-    blocks of `block` and `M` the identity in them. Inputs that never fire (`H_ii = 0`)
-    get a unit diagonal. While the factorization fails, `lambda` is multiplied by ten.
+    `H + lambda I = M D M^T` with `lambda = damp * mean(diag(H))`, where `D` has
+    diagonal blocks of `block` and `M` the identity in them. Inputs that never fire
+    (`H_ii = 0`) get the mean diagonal. While the factorization fails, `lambda` is
+    multiplied by ten.
 
     Args:
       h: symmetric positive semidefinite, float32.
