@@ -50,6 +50,7 @@ LAYERS = [
     ["decoding"],
     ["generate"],
     ["evaluate"],
+    ["allocate"],
     ["train", "serve", "plan"],
     ["cli"],
 ]
