@@ -7,3 +7,4 @@ from qjax.methods.fused import explain as explain
 from qjax.methods.hqq import HQQ as HQQ
 from qjax.methods.rtn import RTN as RTN
 from qjax.methods.statistics import Statistics as Statistics
+from qjax.methods.trellis import TrellisLDLQ as TrellisLDLQ
