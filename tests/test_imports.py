@@ -26,6 +26,7 @@ LAYERS = [
     ["tensor"],
     ["scales"],
     ["wrappers"],
+    ["trellis"],
     ["specs"],
     ["artifact"],
     ["io"],
