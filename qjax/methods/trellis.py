@@ -147,7 +147,8 @@ class TrellisLDLQ(Method):
         states = walks(u, scale, m, fmt, self.around)
         codes = states_to_words(states, fmt.bits)
         codes = codes.reshape(codes.shape[0], -1)
-        q = TrellisTensor(codes, scale.reshape(1, 1), fmt, w.shape)
+        scale = jnp.where(size > 0, scale, 0.0)  # no state has the value 0
+        q = TrellisTensor(codes, scale.reshape(1, 1), fmt, (w.shape[0], w.shape[1]))
         if left is None:
             return q
         return Incoherent(q, _stored(left), None if right is None else _stored(right))
