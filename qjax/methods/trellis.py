@@ -25,7 +25,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -46,9 +45,18 @@ from qjax.methods.hessian import factor
 from qjax.methods.statistics import Statistics
 from qjax.pallas_kernels.quantize import trellis as kernel
 from qjax.tensor import QuantizedTensor
-from qjax.trellis import BLOCK, Incoherent, TrellisTensor, pack_signs
+from qjax.trellis import (
+    BLOCK,
+    Incoherent,
+    TrellisTensor,
+    pack_signs,
+    unpack_signs,
+)
 from qjax.wrappers import hadamard
 
+EIGHT_BITS = jnp.float8_e4m3fn
+COLUMNS, ROWS = 0.5, 1.0
+"""Powers of the sizes of columns and rows that `equalize` divides by."""
 ROTATIONS = ("both", "in", "none")
 _SPREAD = {1: 1.05, 2: 1.0, 3: 0.95, 4: 0.9, 5: 0.85, 6: 0.82, 7: 0.8, 8: 0.78}
 """Root mean square of scaled weights over that of the codebook, by bits."""
@@ -133,7 +141,13 @@ class TrellisLDLQ(Method):
         return self._factor(statistics.mean_hessian(), left)
 
     def _matrix(self, w, fmt, hessian, shared):
-        left, right = self._sides(w)
+        stored = [
+            side if side is None else self._store(side) for side in self._sides(w)
+        ]
+        left, right = (
+            v if v is None else _factors(v, n)
+            for v, n in zip(stored, w.shape, strict=True)
+        )
         u = w if right is None else hadamard(w / right, BLOCK)
         if left is not None:
             u = hadamard((u / left[:, None]).T, BLOCK).T
@@ -149,18 +163,26 @@ class TrellisLDLQ(Method):
         codes = codes.reshape(codes.shape[0], -1)
         scale = jnp.where(size > 0, scale, 0.0)  # no state has the value 0
         q = TrellisTensor(codes, scale.reshape(1, 1), fmt, (w.shape[0], w.shape[1]))
-        if left is None:
-            return q
-        return Incoherent(q, _stored(left), None if right is None else _stored(right))
+        return q if left is None else Incoherent(q, *stored)
 
     def _sides(self, w):
-        """Factors of inputs and of outputs, or None."""
+        """Factors of inputs and of outputs as stored, or None."""
         if self.rotate == "none":
             return None, None
         rows, cols = w.shape
-        left = self._signs(rows, 0)
-        right = self._signs(cols, 1) if self.rotate == "both" else None
+        left, right = self._signs(rows, 0), None
+        if self.rotate == "both":
+            right = self._signs(cols, 1)
+        if self.equalize:
+            if right is not None:
+                right = right * _relative(w, 0) ** COLUMNS
+                w = w / _rounded(right)
+            left = left * _relative(w, 1) ** ROWS
         return left, right
+
+    def _store(self, side):
+        """Signs in a bit each, or scales in a byte each."""
+        return side.astype(EIGHT_BITS) if self.equalize else pack_signs(side)
 
     def _signs(self, n, side):
         rng = np.random.default_rng([self.seed, side])
@@ -220,5 +242,19 @@ def walks(
     return lax.fori_loop(0, rows // TILE, step, (jnp.zeros_like(u), states))[1]
 
 
-def _stored(factors):
-    return pack_signs(factors)
+def _factors(stored, n):
+    """What stored signs or scales multiply by."""
+    if stored.dtype == jnp.uint8:
+        return unpack_signs(stored, n)
+    return stored.astype(jnp.float32)
+
+
+def _rounded(side):
+    return side.astype(EIGHT_BITS).astype(jnp.float32)
+
+
+def _relative(w, axis):
+    """Root mean squares along an axis over their mean, none far from it."""
+    size = jnp.sqrt(jnp.mean(jnp.square(w), axis))
+    mean = jnp.mean(size)
+    return jnp.clip(size / jnp.where(mean > 0, mean, 1.0), 2.0**-5, 2.0**5)

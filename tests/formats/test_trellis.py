@@ -97,7 +97,9 @@ def test_exl3_leaves_are_representable(rng):
     """`suh` and `svh` in float16 around codes without a scale."""
     words = rng.integers(0, 2**16, (16, 8, 32)).astype(np.uint16)
     suh, svh = (rng.normal(size=n).astype(np.float16) for n in (256, 128))
-    base = TrellisTensor(jnp.asarray(words.reshape(16, -1)), None, Trellis(2), (256, 128))
+    base = TrellisTensor(
+        jnp.asarray(words.reshape(16, -1)), None, Trellis(2), (256, 128)
+    )
     q = Incoherent(base, jnp.asarray(suh), jnp.asarray(svh))
     inner = np.asarray(base.dequantize(), np.float64)
     h = np.ones((1, 1))
