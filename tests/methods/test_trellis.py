@@ -96,7 +96,7 @@ def hadamard_of(n):
     return np.kron(np.eye(n // len(h)), h / len(h) ** 0.5)
 
 
-def reference(w, x, q, bits, damp=0.01):
+def reference(w, x, q, damp=0.025):
     """The error of LDLQ by the definition, with the sides and scale that `q` has."""
     rows, cols = w.shape
     left, right = (np.asarray(q.factors(s), np.float64) for s in ("left", "right"))
@@ -117,7 +117,7 @@ def reference(w, x, q, bits, damp=0.01):
     for b in blocks:
         target = u[b] + m[: b.start, b].T @ (u - v)[: b.start]
         tiles = [[target[r, c + j] for r, c in order] for j in range(0, cols, 16)]
-        walks = found(np.float32(np.array(tiles) / scale), bits, around=64)
+        walks = found(np.float32(np.array(tiles) / scale), 2, around=64)
         for j, walk in enumerate(walks):
             for (r, c), state in zip(order, walk, strict=True):
                 v[b.start + r, 16 * j + c] = VALUES[state] * scale
@@ -131,7 +131,7 @@ def output_error(w, v, x):
 def test_error_feedback_against_the_definition(rng):
     w, x = rng.normal(size=(48, 32)).astype(np.float32), correlated(48)
     q = quantize(w, Trellis(2), statistics=statistics(x))
-    want = output_error(w, reference(w, x, q, 2), x)
+    want = output_error(w, reference(w, x, q), x)
     got = output_error(w, q.dequantize(), x)
     # One rounding that falls the other way changes all that follow.
     assert got == pytest.approx(want, rel=0.05)
@@ -148,25 +148,24 @@ def test_beats_rounding_to_integers_of_more_bits(rng):
     assert errors[0] < errors[1]
 
 
-@pytest.mark.parametrize("method", [TrellisLDLQ(), TrellisLDLQ(equalize=True)])
-def test_bits_per_weight(method):
+@pytest.mark.parametrize("equalize", [True, False])
+def test_bits_per_weight(equalize):
+    method, over = TrellisLDLQ(equalize=equalize), 0.0411 if equalize else 0.0137
     for shape in ((256, 256), (256, 768), (768, 256), (256, 128)):
         w = jax.ShapeDtypeStruct(shape, jnp.float32)
         q = jax.eval_shape(lambda w: method(w, Trellis(2)), w)
-        most = 2.1 if method.equalize else 2.014
-        assert 2 < q.bits_per_weight < most
+        assert 2 < q.bits_per_weight < 2 + over
 
 
 def test_equalizing_uneven_weights(rng):
-    """Rows and columns of very different size, as before a norm's scale is folded."""
-    w = rng.normal(size=(64, 64)) * np.exp(rng.normal(size=(64, 1)))
-    w = (w * np.exp(rng.normal(size=64))).astype(np.float32)
+    """Columns of very different size."""
+    w = (rng.normal(size=(64, 64)) * np.exp(rng.normal(size=64))).astype(np.float32)
     x = rng.normal(size=(500, 64)).astype(np.float32)
     errors = [
         output_error(
             w, quantize(w, Trellis(3), m, statistics=statistics(x)).dequantize(), x
         )
-        for m in (TrellisLDLQ(), TrellisLDLQ(equalize=True))
+        for m in (TrellisLDLQ(equalize=False), TrellisLDLQ())
     ]
     assert errors[1] < 0.8 * errors[0]
 
