@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from qjax.errors import SpecError, UnsupportedError
+from qjax.formats.trellis import TILE
 from qjax.ops.blocks import (
     code_values,
     cut_leaf,
@@ -22,7 +23,6 @@ from qjax.ops.blocks import (
     scale_values,
     take,
 )
-from qjax.formats.trellis import TILE
 from qjax.packing import row_multiple, unpack
 from qjax.tensor import LayoutTensor, QuantizedTensor
 from qjax.trellis import Incoherent, TrellisTensor
