@@ -30,6 +30,7 @@ from qjax.wrappers import (
     LowRank,
     Permuted,
     Rotated,
+    SplitInputs,
     Transposed,
     WithOutliers,
     Wrapper,
@@ -45,6 +46,7 @@ _CLASSES: dict[str, type] = {
         LowRank,
         Permuted,
         Rotated,
+        SplitInputs,
         Transposed,
         WithOutliers,
     )
@@ -185,7 +187,14 @@ def _check_wrapper(name: str, q: Wrapper) -> None:
     elif isinstance(q, InputScaled):
         _leaf(f"{name}.s", q.s, (*lead, rows), _FLOATS)
     elif isinstance(q, Rotated):
-        _leaf(f"{name}.signs", q.signs, (*lead, rows), _FLOATS)
+        _leaf(f"{name}.signs", q.signs, (*lead, rows), (*_FLOATS, "int8"))
+        if not bool(jnp.all(jnp.abs(q.signs) == 1)):
+            raise FormatError(f"{name}.signs: expected +1 and -1 only")
+    elif isinstance(q, SplitInputs):
+        count = int(q.index.shape[-1]) if len(q.index.shape) else 0
+        _leaf(f"{name}.rows", q.rows, (*lead, count, cols), _FLOATS)
+        _leaf(f"{name}.index", q.index, (*lead, count), ("int32",))
+        _check_index(f"{name}.index", q.index, rows)
     elif isinstance(q, LowRank):
         rank = int(q.a.shape[-1])
         _leaf(f"{name}.a", q.a, (*lead, rows, rank), _FLOATS)
@@ -199,6 +208,15 @@ def _check_wrapper(name: str, q: Wrapper) -> None:
                 0 <= int(jnp.min(index)) <= int(jnp.max(index)) < size
             ):
                 raise FormatError(f"{name}.{field}: index outside 0..{size - 1}")
+
+
+def _check_index(name: str, index: Any, rows: int) -> None:
+    """Raises unless rows are distinct, but for unused slots, which hold `rows`."""
+    ordered = jnp.sort(index, axis=-1)
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] < rows)
+    inside = jnp.all((ordered >= 0) & (ordered <= rows))
+    if not bool(inside) or bool(jnp.any(twice)):
+        raise FormatError(f"{name}: expected distinct rows of 0..{rows - 1}")
 
 
 def _codes_dtype(fmt: Format) -> Any:

@@ -41,6 +41,7 @@ from qjax.wrappers import (
     LowRank,
     Permuted,
     Rotated,
+    SplitInputs,
     Transposed,
     WithOutliers,
     hadamard,
@@ -206,6 +207,8 @@ def _apply(x, w: Any, transpose, how: How):
         y = _apply(x, w.base, transpose, how)
         source, target = (w.cols, w.rows) if transpose else (w.rows, w.cols)
         return _add_outliers(y, x, w.values, source, target)
+    if isinstance(w, SplitInputs):
+        return _split(x, w, transpose, how)
     if not isinstance(w, InputScaled | Permuted | Rotated):
         raise UnsupportedError(
             f"matmul: no rule for {type(w).__name__}; use matmul(x, w.dequantize())"
@@ -214,6 +217,16 @@ def _apply(x, w: Any, transpose, how: How):
     if transpose:
         return after(_apply(x, w.base, True, how))
     return _apply(before(x), w.base, False, how)
+
+
+def _split(x, w: SplitInputs, transpose, how: How):
+    """Some features by rows of their own, the rest by the base."""
+    if transpose:
+        own = dense_product(x, w.rows, True)
+        return _apply(x, w.base, True, how).at[:, w.index].set(own, mode="drop")
+    own = jnp.take(x, w.index, axis=1, mode="fill", fill_value=0)
+    rest = x.at[:, w.index].set(jnp.zeros((), x.dtype), mode="drop")
+    return _apply(rest, w.base, False, how) + dense_product(own, w.rows, False)
 
 
 def _float_scale(w):
