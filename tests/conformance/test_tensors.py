@@ -63,7 +63,9 @@ def wrapped(name: str, base, rng):
         "permuted": lambda: Permuted(base, perm.astype(jnp.int32)),
         "input-scaled": lambda: InputScaled(base, vector()),
         "rotated": lambda: Rotated(base, jnp.sign(vector() - 1.0)),
-        "rotated-int8": lambda: Rotated(base, jnp.sign(vector() - 1.0).astype(jnp.int8)),
+        "rotated-int8": lambda: Rotated(
+            base, jnp.sign(vector() - 1.0).astype(jnp.int8)
+        ),
         "split-inputs": lambda: SplitInputs(
             base, floats(3, COLS), jnp.full((LAYERS, 1), 1) * jnp.array([4, 40, ROWS])
         ),
