@@ -116,7 +116,7 @@ def test_gradients_pass_both_parts():
 
 def test_messages():
     _, w = data()
-    with pytest.raises(SpecError, match="llm-int8: needs statistics .*calibration"):
+    with pytest.raises(SpecError, match=r"llm-int8: needs statistics .*calibration"):
         quantize(w, FMT, LLMInt8())
     with pytest.raises(SpecError, match="threshold > 0 and 0 < most <= 1; got thre"):
         LLMInt8(threshold=0)
