@@ -50,11 +50,11 @@ def build(config, params):
 
 
 @pytest.mark.parametrize(
-    "case", ["llama", "qwen2", "gemma2", "gpt2", "gpt_neox", "opt"]
+    "family", ["llama", "qwen2", "gemma2", "gpt2", "gpt_neox", "opt"]
 )
-def test_decoder_computes_the_same(case, golden, tensors_of, rng):
-    config = ModelConfig.from_hf(golden.CASES[case])
-    params = dict(from_hf(config, tensors_of(case)))
+def test_decoder_computes_the_same(family, golden, tensors_of, rng):
+    config = ModelConfig.from_hf(golden.CASES[family])
+    params = dict(from_hf(config, tensors_of(family)))
     layers = range(config.layers)
     for i in layers:
         layer = {p: v for p, v in params.items() if p.startswith(f"layers.{i}.")}
@@ -72,10 +72,10 @@ def test_decoder_computes_the_same(case, golden, tensors_of, rng):
     np.testing.assert_allclose(after / size, before / size, atol=2e-5)
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen2", "opt", "gpt2"])
-def test_dense_values_and_up_absorb_scales(case, golden, tensors_of, rng):
-    config = ModelConfig.from_hf(golden.CASES[case])
-    params = dict(from_hf(config, tensors_of(case)))
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "gpt2"])
+def test_dense_values_and_up_absorb_scales(family, golden, tensors_of, rng):
+    config = ModelConfig.from_hf(golden.CASES[family])
+    params = dict(from_hf(config, tensors_of(family)))
     layer = {p: v for p, v in params.items() if p.startswith("layers.0.")}
     layer = quantized_layer(config, layer, rng, dense=("v", "up", "q", "k", "gate"))
     # The norm's readers stay dense, so that only v -> o and up -> down can fold.

@@ -20,11 +20,11 @@ from qjax.models.rotate import (
 TOKENS = jnp.array([[1, 2, 3, 4, 5, 6, 7, 8]])
 
 
-def case_of(golden, tensors_of, case, **changes):
-    config = ModelConfig.from_hf(golden.CASES[case] | changes)
+def case_of(golden, tensors_of, family, **changes):
+    config = ModelConfig.from_hf(golden.CASES[family] | changes)
     params = {
         path: jnp.asarray(leaf, jnp.float32)
-        for path, leaf in from_hf(config, tensors_of(case)).items()
+        for path, leaf in from_hf(config, tensors_of(family)).items()
     }
     return config, params
 
@@ -44,9 +44,9 @@ def test_random_rotations_are_orthogonal(n):
         np.testing.assert_allclose(np.abs(r), 0.25, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
-def test_logits_are_equal(case, golden, tensors_of):
-    config, params = case_of(golden, tensors_of, case)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+def test_logits_are_equal(family, golden, tensors_of):
+    config, params = case_of(golden, tensors_of, family)
     rng = np.random.default_rng(0)
     for path in params:  # scales of 1 would hide a missing fold
         if path.endswith("norm.scale"):
@@ -63,9 +63,9 @@ def test_logits_are_equal(case, golden, tensors_of):
     np.testing.assert_array_equal(scale, np.ones_like(scale))
 
 
-@pytest.mark.parametrize("case", ["gemma2", "gpt_neox", "gpt2", "opt"])
-def test_heads_rotate_in_any_family(case, golden, tensors_of):
-    config, params = case_of(golden, tensors_of, case)
+@pytest.mark.parametrize("family", ["gemma2", "gpt_neox", "gpt2", "opt"])
+def test_heads_rotate_in_any_family(family, golden, tensors_of):
+    config, params = case_of(golden, tensors_of, family)
     want = logits(config, params)
     turned = rotate_params(config, params, seed=2, residual=False)
     np.testing.assert_allclose(
@@ -112,15 +112,15 @@ def test_tied_heads_and_given_rotations(golden, tensors_of):
 
 
 @pytest.mark.parametrize(
-    ("case", "text"),
+    ("family", "text"),
     [
         ("gpt2", "gpt2 model cannot be rotated: its layer norms subtract the mean"),
         ("gpt_neox", "its layer norms subtract the mean"),
         ("gemma3_text", "norms with scales of their own follow attention and MLP"),
     ],
 )
-def test_models_that_rotation_would_change_are_refused(case, text, golden):
-    config = ModelConfig.from_hf(golden.CASES[case])
+def test_models_that_rotation_would_change_are_refused(family, text, golden):
+    config = ModelConfig.from_hf(golden.CASES[family])
     with pytest.raises(UnsupportedError, match=text):
         rotate_params(config, {})
 
