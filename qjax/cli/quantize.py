@@ -21,6 +21,9 @@ class Quantize:
     """Directory to write. An interrupted run is continued by the same command."""
     recipe: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")] = "int4-g128"
     """Preset name (int8, int4-g128, nf4, hqq-int3-g64, ...) or JSON recipe."""
+    calibration: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Text for recipes that calibrate (gptq-*, awq-*, best-*, ...); its first 128
+    windows of 512 tokens are used."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     nonfinite: Literal["raise", "zero", "clip"] = "raise"
@@ -42,6 +45,7 @@ class Quantize:
                 self.model,
                 self.to,
                 self.recipe,
+                calibration=self.calibration,
                 revision=self.revision,
                 overwrite=self.force,
                 nonfinite=self.nonfinite,

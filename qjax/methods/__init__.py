@@ -4,6 +4,8 @@ from qjax.methods.array import quantize as quantize
 from qjax.methods.awq import AWQ as AWQ
 from qjax.methods.base import Method as Method
 from qjax.methods.base import method_from_dict as method_from_dict
+from qjax.methods.base import needs_of as needs_of
+from qjax.methods.base import prepare as prepare
 from qjax.methods.fold import fold_into_norm as fold_into_norm
 from qjax.methods.fold import fold_into_previous as fold_into_previous
 from qjax.methods.fused import explain as explain

@@ -2,9 +2,11 @@
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import jax
 from jaxtyping import Array, Float
 
 from qjax.errors import SpecError
@@ -112,10 +114,36 @@ class Method(Described, abc.ABC):
         return statistics
 
 
+def needs_of(method: Method) -> frozenset[str]:
+    """Fields of `Statistics` that a method and the methods inside it need."""
+    inner = (getattr(method, f.name) for f in dataclasses.fields(method))
+    found = (needs_of(m) for m in inner if isinstance(m, Method))
+    return method.needs.union(*found)
+
+
+def prepare(
+    method: Method,
+    fmt: Format,
+    weights: Sequence[Float[Array, "in _"]],
+    statistics: Statistics | None,
+) -> Any:
+    """`Method.prepare`, compiled once per method, format and shapes."""
+    return _prepare(method, fmt, tuple(weights), statistics)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prepare(method, fmt, weights, statistics):
+    return method.prepare(weights, fmt, statistics)
+
+
 def method_from_dict(spec: dict[str, Any]) -> Method:
     """Builds a method from `Method.to_dict()` output.
 
     Raises:
       SpecError: the kind or a field is unknown, or a value is out of range.
     """
-    return build_described("method", _REGISTRY, spec)
+    built = {
+        key: method_from_dict(value) if isinstance(value, dict) else value
+        for key, value in spec.items()
+    }
+    return build_described("method", _REGISTRY, built)
