@@ -66,6 +66,8 @@ class AWQ(Method):
       grid: exponents tried.
       duo: let the weight's magnitudes take part in the scale.
       clip: search clipped ranges (formats with groups along `in`, or per channel).
+      hessian: measure errors by second moments of the inputs; without, inputs count as
+        uncorrelated and sums per feature are enough.
       dtype: of the stored scales, `float16` costing 16 / out bits per weight until a
         norm absorbs them.
 
@@ -77,6 +79,7 @@ class AWQ(Method):
     grid: int = 20
     duo: bool = True
     clip: bool = True
+    hessian: bool = True
     dtype: str = "float16"
 
     def __post_init__(self) -> None:
@@ -90,12 +93,8 @@ class AWQ(Method):
 
     @property
     def needs(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Sums per feature, and what the inner method needs; see `Method.needs`.
-
-        A Hessian is used where there is one and stands for exact output errors; without
-        it, inputs count as uncorrelated.
-        """
-        return self.inner.needs | {"square"}
+        """The Hessian or sums, and what the inner method needs; see `Method.needs`."""
+        return self.inner.needs | {"hessian" if self.hessian else "square"}
 
     @property
     def name(self) -> str:

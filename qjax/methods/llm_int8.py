@@ -50,6 +50,23 @@ class Outliers(NamedTuple):
     inner: Any
 
 
+def trim(q: QuantizedTensor) -> QuantizedTensor:
+    """Removes the slots of a `SplitInputs` that hold no outlier; not under `jit`.
+
+    Args:
+      q: any tensor; without leading axes if slots are to be removed.
+
+    Returns:
+      The same weight; the base alone if no slot is used.
+    """
+    if not isinstance(q, SplitInputs) or q.index.ndim != 1:
+        return q
+    used = np.flatnonzero(np.asarray(q.index) < q.matrix[0])
+    if not used.size:
+        return q.base
+    return dataclasses.replace(q, rows=q.rows[used], index=q.index[used])
+
+
 @dataclasses.dataclass(frozen=True)
 class LLMInt8(Method):
     """Keeps the rows of outlier features as floats, around another method.
@@ -58,7 +75,7 @@ class LLMInt8(Method):
     count up to a power of two (so that layers agree in structure and can be scanned)
     and leaves the tensor unwrapped when there are none. Inside `jit` there are
     `ceil(most * in)` slots, of which those above the threshold are used; `prepare`
-    never takes more either.
+    never takes more either, and `trim` removes the others afterwards.
 
     Attributes:
       threshold: peak `|x|` from which on a feature is an outlier.

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from qjax.errors import QjaxError
 from qjax.methods.fold import fold_into_norm, fold_into_previous
 from qjax.models.config import ModelConfig
+from qjax.models.weights import HEAD
 from qjax.tensor import QuantizedTensor
 from qjax.wrappers import InputScaled
 
@@ -67,6 +68,30 @@ def fold_layer(config: ModelConfig, layer: Mapping[str, Any]) -> dict[str, Any]:
     down = out[f"{prefix}mlp.down.kernel"]
     if config.gated or (config.activation == "relu" and _positive(down)):
         _fold_previous(out, f"{prefix}mlp.up", f"{prefix}mlp.down.kernel", (1, 1))
+    return out
+
+
+def fold_params(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Folds the input scales of all layers, and of an untied head; see `fold_layer`.
+
+    Args:
+      config: the architecture.
+      params: all parameters by path, such as `Decoder.params()` of a quantized model.
+    """
+    out = dict(params)
+    for index in range(config.layers):
+        prefix = f"layers.{index}."
+        part = {path: leaf for path, leaf in params.items() if path.startswith(prefix)}
+        out |= fold_layer(config, part)
+    if config.final_norm and HEAD in out:
+        scale, bias, (head,) = fold_into_norm(
+            out.get("norm.scale"),
+            [out[HEAD]],
+            bias=out.get("norm.bias"),
+            offset=config.norm_offset,
+        )
+        changed = {"norm.scale": scale, "norm.bias": bias, HEAD: head}
+        out |= {path: leaf for path, leaf in changed.items() if leaf is not None}
     return out
 
 

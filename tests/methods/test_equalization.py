@@ -149,7 +149,7 @@ def test_any_format_is_no_worse_than_its_inner_method(fmt):
 
 def test_sums_are_enough_and_bits_count_the_scales():
     x, w = data(3)
-    q = quantize(w, FMT, AWQ(grid=GRID), statistics=known(x, hessian=False))
+    q = quantize(w, FMT, AWQ(grid=GRID, hessian=False), statistics=known(x, False))
     assert output_error(x, w, q) < 0.8 * output_error(x, w, quantize(w, FMT))
     base = quantize(w, FMT)
     assert q.bits_per_weight == pytest.approx(base.bits_per_weight + 16 / COLS)
@@ -229,7 +229,9 @@ def test_modelled_error_is_near_the_measured_one():
 
 @pytest.mark.parametrize("method", [AWQ(), SmoothQuant()], ids=lambda m: m.name)
 def test_messages(method):
-    with pytest.raises(SpecError, match=f"{method.name}: needs statistics .*square"):
+    with pytest.raises(
+        SpecError, match=f"{method.name}: needs statistics .*calibration="
+    ):
         quantize(data()[1], FMT, method)
     for call, text in (
         (lambda: AWQ(inner="rtn"), "AWQ: inner is 'rtn', expected a method"),  # pyright: ignore[reportArgumentType]

@@ -8,6 +8,7 @@ import pytest
 from qjax.errors import SpecError
 from qjax.formats import Int
 from qjax.methods import RTN, LLMInt8, Statistics, quantize
+from qjax.methods.llm_int8 import trim
 from qjax.ops import matmul
 from qjax.wrappers import SplitInputs
 
@@ -80,6 +81,9 @@ def test_traced_shapes_give_the_same_weight():
     traced = quantize(w, FMT, LLMInt8(most=0.1), statistics=known(x))
     assert traced.index.shape == (7,)  # ceil(0.1 * 64) slots
     np.testing.assert_array_equal(traced.dequantize(), prepared(x, w).dequantize())
+    trimmed = trim(traced)
+    np.testing.assert_array_equal(trimmed.index, HOT)
+    np.testing.assert_array_equal(trimmed.dequantize(), traced.dequantize())
     few = quantize(w, FMT, LLMInt8(most=0.01), statistics=known(x))
     hottest = np.abs(x).max(0).argmax()
     np.testing.assert_array_equal(few.index, [hottest])
@@ -90,6 +94,10 @@ def test_no_outliers_no_wrapper():
     cold = x.copy()
     cold[:, HOT] /= 30
     q = prepared(cold, w)
+    padded = quantize(w, FMT, LLMInt8(), statistics=known(cold))
+    assert isinstance(padded, SplitInputs)
+    np.testing.assert_array_equal(trim(padded).codes, q.codes)
+    assert trim(q) is q
     assert not isinstance(q, SplitInputs)
     np.testing.assert_array_equal(q.dequantize(), quantize(w, FMT).dequantize())
     assert q.bits_per_weight < prepared(x, w).bits_per_weight

@@ -8,7 +8,7 @@ from qjax.errors import SpecError, UnsupportedError
 from qjax.formats import Cast, Int
 from qjax.methods import fold_into_norm, fold_into_previous, quantize
 from qjax.models import Decoder, ModelConfig, from_hf
-from qjax.models.fold import fold_layer
+from qjax.models.fold import fold_layer, fold_params
 from qjax.wrappers import InputScaled
 
 FMT = Int(4, 8)
@@ -59,10 +59,10 @@ def test_decoder_computes_the_same(family, golden, tensors_of, rng):
     for i in layers:
         layer = {p: v for p, v in params.items() if p.startswith(f"layers.{i}.")}
         params |= quantized_layer(config, layer, rng)
+    if not config.tied:
+        params["head.kernel"] = scaled(params["head.kernel"], scales(rng, config.dim))
     before = build(config, params)(TOKENS)[0]
-    for i in layers:
-        layer = {p: v for p, v in params.items() if p.startswith(f"layers.{i}.")}
-        params |= fold_layer(config, layer)
+    params = fold_params(config, params)
     wrapped = {
         p.split(".")[-2] for p, v in params.items() if isinstance(v, InputScaled)
     }
