@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from qjax.errors import SpecError
@@ -159,7 +160,7 @@ class LLMInt8(Method):
     ) -> Outliers:
         """Finds the outliers of the input; counts them when not traced."""
         known = self.check_statistics(statistics)
-        traced = isinstance(known.peak, jax.core.Tracer)
+        traced = isinstance(known.peak, Tracer)
         return self._shared(weights, fmt, known, self.find(known, jit=traced))
 
     def find(self, statistics: Statistics, *, jit: bool) -> Int[Array, " n"]:

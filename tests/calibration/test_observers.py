@@ -1,10 +1,13 @@
 """Observers against NumPy on all the data at once."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qjax
 from qjax.calibration.observers import (
     MSE,
     Entropy,
@@ -17,7 +20,6 @@ from qjax.calibration.observers import (
 from qjax.errors import SpecError
 from qjax.formats import Int
 from qjax.methods import quantize
-from qjax.ops import matmul
 
 ALL = (
     MinMax(),
@@ -27,6 +29,8 @@ ALL = (
     MSE(bins=256),
     Entropy(bins=256),
 )
+
+matmul: Any = qjax.matmul  # typed loosely
 
 
 def batches(seed=0, count=4):

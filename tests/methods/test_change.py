@@ -1,6 +1,7 @@
 """Statistics after a change of inputs are those of the changed inputs."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,8 +35,8 @@ def same(got, want, fields=("count", "total", "size", "square", "peak")):
 def test_scaled(batch, rng):
     x, r, gradient = batch
     t = rng.uniform(0.1, 3, ROWS).astype(np.float32)
-    got = scale_inputs(collect(x, r, gradient), jnp.asarray(t))
-    want = collect(x * t, r * t, gradient * np.square(t)[:, None])
+    got: Any = scale_inputs(collect(x, r, gradient), jnp.asarray(t))
+    want: Any = collect(x * t, r * t, gradient * np.square(t)[:, None])
     same(got, want)
     np.testing.assert_allclose(got.gradient, want.gradient, rtol=1e-5)
 
@@ -51,9 +52,9 @@ def test_rotated(batch, rng):
     x, r, gradient = batch
     signs = rng.choice([-1.0, 1.0], ROWS).astype(np.float32)
     turn = (np.diag(signs) @ hadamard_matrix()).astype(np.float32)
-    want = collect(x @ turn, r @ turn, gradient)
+    want: Any = collect(x @ turn, r @ turn, gradient)
     full = collect(x, r, gradient)
-    got = rotate_inputs(full, jnp.asarray(signs))
+    got: Any = rotate_inputs(full, jnp.asarray(signs))
     same(got, want, ("count", "total", "square"))
     # estimates: normal inputs make them good ones
     np.testing.assert_allclose(got.size, want.size, rtol=0.2)
@@ -61,7 +62,7 @@ def test_rotated(batch, rng):
     means = gradient.reshape(3, 16, 3).mean(1).repeat(16, axis=0)
     np.testing.assert_allclose(got.gradient, means, rtol=1e-5)
     sums = dataclasses.replace(full, hessian=None, cross=None, gradient=None)
-    alone = rotate_inputs(sums, jnp.asarray(signs))
+    alone: Any = rotate_inputs(sums, jnp.asarray(signs))
     np.testing.assert_allclose(alone.square, want.square, rtol=0.5)
     assert alone.hessian is None
 

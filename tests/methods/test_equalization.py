@@ -5,17 +5,22 @@
 inspected module) and `_compute_best_clip`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qjax
 from qjax.errors import SpecError
 from qjax.formats import MXFP4, NF4, Cast, Int
-from qjax.methods import AWQ, RTN, SmoothQuant, Statistics, quantize
+from qjax.methods import AWQ, RTN, SmoothQuant, Statistics
 from qjax.methods.clip import clip_weight
 from qjax.methods.smoothquant import rounded_error
 from qjax.wrappers import InputScaled
+
+quantize: Any = qjax.quantize  # typed loosely
 
 ROWS, COLS, TOKENS, GROUP, GRID = 64, 24, 160, 16, 8
 FMT = Int(3, GROUP, symmetric=False, zero_dtype="uint8")

@@ -1,16 +1,21 @@
 """LLM.int8() against the documented arithmetic in NumPy."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qjax
 from qjax.errors import SpecError
 from qjax.formats import Int
-from qjax.methods import RTN, LLMInt8, Statistics, quantize
+from qjax.methods import RTN, LLMInt8, Statistics
 from qjax.methods.llm_int8 import trim
-from qjax.ops import matmul
 from qjax.wrappers import SplitInputs
+
+quantize: Any = qjax.quantize
+matmul: Any = qjax.matmul
 
 ROWS, COLS, TOKENS = 64, 20, 40
 HOT = [5, 33, 60]
