@@ -229,7 +229,7 @@ def test_modelled_error_is_near_the_measured_one():
     ones = jnp.ones((ROWS,), jnp.float32)
     model = float(rounded_error([jnp.asarray(w)], W8, known(x), ones))
     measured = w8a8_error(x, w, quantize(w, W8)) * COLS  # the model sums over outputs
-    assert 0.8 * measured < model < 6 * measured  # rows seldom reach the peak
+    assert 0.8 * measured < model < 2.5 * measured
 
 
 @pytest.mark.parametrize("method", [AWQ(), SmoothQuant()], ids=lambda m: m.name)
