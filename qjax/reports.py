@@ -23,9 +23,11 @@ class Progress:
     seconds: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class QuantizationReport:
     """What a run did; `to_dict()` has the keys of `qjax quantize --json`.
+
+    Compared by identity: a model that carries one stays hashable, as `jit` needs.
 
     Attributes:
       recipe: name of the recipe.

@@ -315,9 +315,9 @@ def dequantize(q: QuantizedTensor, dtype: Any = None) -> Float[Array, "..."]:
 
 def with_dtype(q: QuantizedTensor, dtype: str) -> QuantizedTensor:
     """The same codes with another logical dtype (what `dequantize()` returns)."""
-    base = getattr(q, "base", None)
-    if isinstance(base, QuantizedTensor):  # a wrapper's dtype is that of its base
-        return dataclasses.replace(q, base=with_dtype(base, dtype))  # pyright: ignore[reportArgumentType]
+    base: Any = getattr(q, "base", None)
+    if base is not None:  # a wrapper: its dtype is that of what it wraps
+        return dataclasses.replace(q, base=with_dtype(base, dtype))  # pyright: ignore[reportArgumentType, reportCallIssue]
     return dataclasses.replace(q, dtype=dtype)  # pyright: ignore[reportArgumentType]
 
 

@@ -202,7 +202,9 @@ class LowRank(Wrapper):
         return w + jnp.matmul(a, b, precision="highest")
 
 
-def hadamard(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+def hadamard(
+    x: Float[Array, "*batch n"], most: int | None = None
+) -> Float[Array, "*batch n"]:
     """Multiplies the last axis by a blockwise orthonormal Hadamard matrix.
 
     The block is the largest power of two dividing `n`; the transform is symmetric, so
@@ -210,6 +212,7 @@ def hadamard(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
 
     Args:
       x: float array.
+      most: bound of the block, a power of two.
 
     Returns:
       Array of the same shape and dtype.
@@ -218,7 +221,7 @@ def hadamard(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
       SpecError: `n` is odd, so that there is nothing to rotate.
     """
     n = x.shape[-1]
-    block = n & -n
+    block = n & -n if most is None else min(n & -n, most)
     if block < 2:
         raise SpecError(f"hadamard: size {n} is odd, so it has no block to rotate")
     lead = x.shape[:-1]

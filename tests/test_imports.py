@@ -26,6 +26,7 @@ LAYERS = [
     ["tensor"],
     ["scales"],
     ["wrappers"],
+    ["trellis"],
     ["specs"],
     ["artifact"],
     ["io"],
@@ -50,6 +51,7 @@ LAYERS = [
     ["decoding"],
     ["generate"],
     ["evaluate"],
+    ["allocate"],
     ["train", "serve", "plan"],
     ["cli"],
 ]

@@ -3,7 +3,8 @@
 A block of rows (`in`) or columns (`out`) of a `LayoutTensor` is a `LayoutTensor` of the
 same format with slices of the same leaves, so whatever works on a weight works on a
 block, and no dense weight larger than a block ever exists. Cuts fall between packing
-units and between groups; the flat layout can only be cut along `out`.
+units and between groups; the flat layout can only be cut along `out`, and a trellis
+between tiles.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
+from qjax.formats.trellis import TILE
 from qjax.packing import packed_rows, row_multiple
 from qjax.tensor import (
     AffineTensor,
@@ -24,6 +26,7 @@ from qjax.tensor import (
     QuantizedTensor,
     load_scale,
 )
+from qjax.trellis import TrellisTensor
 
 Axis = Literal["in", "out"]
 Window = tuple[int, Any, int]
@@ -78,6 +81,8 @@ def zeros_like_sum(shape: tuple[int, ...], dtype: Any, *terms: Array) -> Array:
 def cut_step(q: LayoutTensor, axis: Axis) -> int | None:
     """Multiple at which `q` can be cut along `axis`; None when it cannot be cut."""
     group = q.grouping
+    if isinstance(q, TrellisTensor):
+        return TILE
     unit = row_multiple(q.format.code_bits) if q.format.code_bits < 8 else 1
     if group.kind == "flat":
         rows, whole = q.matrix[0], math.lcm(group.size, unit)
@@ -100,6 +105,10 @@ def windows(q: LayoutTensor, axis: Axis, start: Any, size: int) -> dict[str, Win
       Field name to window; fields that a block shares with the whole are absent.
     """
     group, bits = q.grouping, min(q.format.code_bits, 8)
+    if isinstance(q, TrellisTensor):
+        if axis == "in":
+            return {"codes": (0, start // TILE, size // TILE)}
+        return {"codes": (1, start * bits, size * bits)}
     if group.kind == "flat":
         rows = q.matrix[0]
         groups = -(-size * rows // group.size)

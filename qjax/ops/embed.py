@@ -14,9 +14,18 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from qjax.errors import SpecError, UnsupportedError
-from qjax.ops.blocks import code_values, cut_leaf, materialize_scale, scale_values
+from qjax.formats.trellis import TILE
+from qjax.ops.blocks import (
+    code_values,
+    cut_leaf,
+    decode,
+    materialize_scale,
+    scale_values,
+    take,
+)
 from qjax.packing import row_multiple, unpack
 from qjax.tensor import LayoutTensor, QuantizedTensor
+from qjax.trellis import Incoherent, TrellisTensor
 from qjax.wrappers import (
     InputScaled,
     LowRank,
@@ -98,6 +107,9 @@ def _rows(w, ids, transpose):
         return jnp.where(found, own.astype(jnp.float32) @ rows, base)
     if isinstance(w, Rotated) and transpose:
         return hadamard(_rows(w.base, ids, True)) * w.signs.astype(jnp.float32)
+    if isinstance(w, Incoherent) and w.right is None and transpose:
+        rows = _rows(w.base, ids, True)
+        return rows if w.left is None else hadamard(rows, w.block) * w.factors("left")
     raise UnsupportedError(
         f"embed: cannot gather rows through {type(w).__name__}; use "
         "embed(ids, table.dequantize())"
@@ -106,6 +118,9 @@ def _rows(w, ids, transpose):
 
 def _column(q: LayoutTensor, i) -> Float[Array, " in"]:
     """Column `i` of the matrix."""
+    if isinstance(q, TrellisTensor):
+        tiles = decode(take(q, "out", i // TILE * TILE, TILE))
+        return lax.dynamic_index_in_dim(tiles, i % TILE, 1, keepdims=False)
     rows, bits = q.matrix[0], q.format.code_bits
     places = jnp.arange(rows, dtype=jnp.int32)
     if q.flat:  # a run of codes that may start within a byte
@@ -122,6 +137,9 @@ def _column(q: LayoutTensor, i) -> Float[Array, " in"]:
 
 def _row(q: LayoutTensor, i) -> Float[Array, " out"]:
     """Row `i`, from the packing unit that holds it."""
+    if isinstance(q, TrellisTensor):
+        tiles = decode(take(q, "in", i // TILE * TILE, TILE))
+        return lax.dynamic_index_in_dim(tiles, i % TILE, 0, keepdims=False)
     if q.flat:
         raise UnsupportedError(
             f"embed: {q!r} is stored flat over the transpose, so a row is scattered "

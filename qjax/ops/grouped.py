@@ -26,6 +26,7 @@ from qjax.ops.grouped_product import ACTIVATIONS, BACKENDS, choose, fused, packe
 from qjax.ops.prepack import Prepacked, cut
 from qjax.ops.product import Packed
 from qjax.tensor import QuantizedTensor
+from qjax.trellis import Incoherent
 from qjax.wrappers import (
     InputScaled,
     LayerOf,
@@ -281,12 +282,16 @@ def _apply(x, group_sizes, w: Any, transpose, backend) -> Array:
         return y + _dense(inner, group_sizes, second, transpose)
     if isinstance(w, SplitInputs):
         return _split(x, group_sizes, w, transpose, backend)
-    if not isinstance(w, InputScaled | Permuted | Rotated):
+    if not isinstance(w, Incoherent | InputScaled | Permuted | Rotated):
         raise UnsupportedError(
             f"grouped_matmul: no rule for {type(w).__name__}; multiply expert by "
             "expert with qjax.ops.matmul"
         )
     expert = _expert_of_row(x.shape[0], group_sizes)
+    if isinstance(w, Incoherent):
+        first, second = ("right", "left") if transpose else ("left", "right")
+        y = _apply(w.enter(x, first, expert), group_sizes, w.base, transpose, backend)
+        return w.leave(y, second, expert)
     if transpose:
         y = _apply(x, group_sizes, w.base, True, backend)
         return _rowwise(y, w, expert, True)

@@ -25,6 +25,7 @@ from qjax.errors import SpecError
 from qjax.formats import Cast, Format, Int
 from qjax.formats.codebook import TableFormat
 from qjax.formats.minifloat import Minifloat
+from qjax.formats.trellis import Trellis
 from qjax.ops.partition import on_one, partitioned
 from qjax.pallas_kernels.weights import KernelError, Weight, WeightSpec
 from qjax.tensor import LayoutTensor, QuantizedTensor
@@ -67,6 +68,8 @@ def format_spec(fmt: Format, matrix: tuple[int, int]) -> WeightSpec | str:
     group = fmt.grouping(matrix)
     if isinstance(fmt, Cast):
         return "it is a plain cast, which XLA multiplies by"
+    if isinstance(fmt, Trellis):
+        return "no kernel walks a trellis"
     if group.kind not in ("in", "channel", "tensor", "block"):
         return f"scales are grouped by {group.kind!r}, not along `in`"
     kind, offset = "table", 0.0

@@ -35,6 +35,7 @@ from qjax.ops.product import (
     product,
 )
 from qjax.tensor import QuantizedTensor
+from qjax.trellis import Incoherent
 from qjax.wrappers import (
     InputScaled,
     LayerOf,
@@ -209,6 +210,9 @@ def _apply(x, w: Any, transpose, how: How):
         return _add_outliers(y, x, w.values, source, target)
     if isinstance(w, SplitInputs):
         return _split(x, w, transpose, how)
+    if isinstance(w, Incoherent):
+        first, second = ("right", "left") if transpose else ("left", "right")
+        return w.leave(_apply(w.enter(x, first), w.base, transpose, how), second)
     if not isinstance(w, InputScaled | Permuted | Rotated):
         raise UnsupportedError(
             f"matmul: no rule for {type(w).__name__}; use matmul(x, w.dequantize())"
