@@ -33,6 +33,7 @@ from qjax.wrappers import (
     LowRank,
     Permuted,
     Rotated,
+    SplitInputs,
     Transposed,
     WithOutliers,
     Wrapper,
@@ -50,6 +51,7 @@ _CLASSES: dict[str, type] = {
         LowRank,
         Permuted,
         Rotated,
+        SplitInputs,
         Transposed,
         WithOutliers,
     )
@@ -202,7 +204,16 @@ def _check_wrapper(name: str, q: Wrapper) -> None:
     elif isinstance(q, InputScaled):
         _leaf(f"{name}.s", q.s, (*lead, rows), _FLOATS)
     elif isinstance(q, Rotated):
-        _leaf(f"{name}.signs", q.signs, (*lead, rows), _FLOATS)
+        _leaf(f"{name}.signs", q.signs, (*lead, rows), (*_FLOATS, "int8"))
+        _arrays(name, signs=q.signs)
+        if not bool(jnp.all(jnp.abs(q.signs) == 1)):
+            raise FormatError(f"{name}.signs: expected +1 and -1 only")
+    elif isinstance(q, SplitInputs):
+        _arrays(name, rows=q.rows, index=q.index)
+        count = int(q.index.shape[-1]) if len(q.index.shape) else 0
+        _leaf(f"{name}.rows", q.rows, (*lead, count, cols), _FLOATS)
+        _leaf(f"{name}.index", q.index, (*lead, count), ("int32",))
+        _check_index(f"{name}.index", q.index, rows)
     elif isinstance(q, Incoherent):
         for field, leaf, size in (("left", q.left, rows), ("right", q.right, cols)):
             if leaf is not None:
@@ -220,6 +231,22 @@ def _check_wrapper(name: str, q: Wrapper) -> None:
                 0 <= int(jnp.min(index)) <= int(jnp.max(index)) < size
             ):
                 raise FormatError(f"{name}.{field}: index outside 0..{size - 1}")
+
+
+def _arrays(name: str, **leaves: Any) -> None:
+    """Raises unless leaves are arrays: not missing, nor quantized themselves."""
+    for field, leaf in leaves.items():
+        if leaf is None or isinstance(leaf, QuantizedTensor):
+            raise FormatError(f"{name}.{field}: expected an array, got {leaf!r}")
+
+
+def _check_index(name: str, index: Any, rows: int) -> None:
+    """Raises unless rows are distinct, but for unused slots, which hold `rows`."""
+    ordered = jnp.sort(index, axis=-1)
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] < rows)
+    inside = jnp.all((ordered >= 0) & (ordered <= rows))
+    if not bool(inside) or bool(jnp.any(twice)):
+        raise FormatError(f"{name}: expected distinct rows of 0..{rows - 1}")
 
 
 def _leaf_of_incoherent(name: str, leaf: Any, lead: tuple[int, ...], size: int):

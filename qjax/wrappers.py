@@ -117,7 +117,7 @@ class Rotated(Wrapper):
     base is multiplied by.
 
     Attributes:
-      signs: float `[*lead, in]` of +1 and -1.
+      signs: int8 (or float, in files of earlier versions) `[*lead, in]`, +1 and -1.
     """
 
     signs: Any
@@ -153,6 +153,34 @@ class WithOutliers(Wrapper):
         for _ in lead:
             add = jax.vmap(add)
         return add(w, self.values, self.rows, self.cols)
+
+
+@pytree_node
+@dataclasses.dataclass(frozen=True, repr=False)
+class SplitInputs(Wrapper):
+    """`w = base`, but for some rows: `w[index[k]] = rows[k]` (LLM.int8()).
+
+    The base is multiplied by the activations without the features at `index`, which
+    are multiplied by `rows` instead: their magnitude takes no part in the scale of
+    rounded activations, and what the base holds in their rows does not matter.
+
+    Attributes:
+      rows: float `[*lead, n, out]`.
+      index: int32 `[*lead, n]`, distinct inputs; `in` marks a slot that is not used.
+    """
+
+    rows: Any
+    index: Any
+
+    def compose(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Replaces rows."""
+
+        def put(m, rows, index):
+            return m.at[index].set(rows.astype(jnp.float32), mode="drop")
+
+        for _ in w.shape[:-2]:
+            put = jax.vmap(put)
+        return put(w, self.rows, self.index)
 
 
 @pytree_node

@@ -31,6 +31,7 @@ from qjax.wrappers import (
     LowRank,
     Permuted,
     Rotated,
+    SplitInputs,
     Transposed,
     hadamard,
 )
@@ -97,6 +98,13 @@ def _rows(w, ids, transpose):
         if transpose:
             return jnp.take(_rows(w.base, ids, True), inverse, axis=-1)
         return _rows(w.base, inverse[ids], False)
+    if isinstance(w, SplitInputs):
+        base, rows = _rows(w.base, ids, transpose), w.rows.astype(jnp.float32)
+        if transpose:
+            return base.at[:, w.index].set(rows[:, ids].T, mode="drop")
+        own = ids[:, None] == w.index[None, :]
+        found = jnp.any(own, axis=1, keepdims=True)
+        return jnp.where(found, own.astype(jnp.float32) @ rows, base)
     if isinstance(w, Rotated) and transpose:
         return hadamard(_rows(w.base, ids, True)) * w.signs.astype(jnp.float32)
     if isinstance(w, Incoherent) and w.right is None and transpose:
