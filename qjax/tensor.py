@@ -315,7 +315,9 @@ def dequantize(q: QuantizedTensor, dtype: Any = None) -> Float[Array, "..."]:
 
 def with_dtype(q: QuantizedTensor, dtype: str) -> QuantizedTensor:
     """The same codes with another logical dtype (what `dequantize()` returns)."""
-    return dataclasses.replace(q, dtype=dtype)  # pyright: ignore[reportArgumentType]
+    base = getattr(q, "base", None)
+    change = {"dtype": dtype} if base is None else {"base": with_dtype(base, dtype)}
+    return dataclasses.replace(q, **change)  # pyright: ignore[reportArgumentType]
 
 
 def load_scale(scale: Any) -> Float[Array, "*lead s t"]:
