@@ -110,14 +110,21 @@ jax.tree_util.register_dataclass(
 )
 
 
-def adam(lr: float, steps: int) -> Any:
+def adam(lr: float, steps: int) -> optax.GradientTransformation:
     """Adam with a cosine decay to zero over `steps`.
 
     Epsilon is far below the default: gradients of a mean loss with respect to single
     scales are tiny, and what matters is their size relative to each other.
     """
     rate = optax.cosine_decay_schedule(lr, steps)
-    return optax.adam(rate, b1=0.9, b2=0.99, eps=1e-14)
+    rule = optax.adam(rate, b1=0.9, b2=0.99, eps=1e-14)
+
+    def update(slopes, state, values=None):
+        # Optax counts steps in integers and mixes them with floats.
+        with jax.numpy_dtype_promotion("standard"):
+            return rule.update(slopes, state, values)
+
+    return optax.GradientTransformation(rule.init, update)
 
 
 @jax.custom_vjp

@@ -159,9 +159,9 @@ def low_rank_factors(
     else:
         m = e if hessian is None else _product(_turned(_root(hessian)), e)
         u = _leading(_product(m, _turned(m)), rank)
-        v = _product(_turned(m), u)
-        size = jnp.linalg.norm(v, axis=-2, keepdims=True)
-        v = jnp.where(size > 0, v / jnp.where(size > 0, size, 1.0), 0.0)
+        # Orthonormal also where singular values are lost in rounding; a direction
+        # too many does no harm.
+        v = jnp.linalg.qr(_product(_turned(m), u))[0]
     a = _product(e, v)
     size = jnp.sqrt(jnp.linalg.norm(a, axis=-2, keepdims=True))
     safe = jnp.where(size > 0, size, 1.0)

@@ -134,10 +134,8 @@ class Rounding(NamedTuple):
         fmt = self.problem.fmt
         safe = jnp.where(scale > 0, scale, 1.0)  # tables may store a scale of zero
         u = divided(self.problem.w, safe)
-        low, high, shift = -fmt.peak, fmt.peak, 0.0
-        if not isinstance(fmt, Int):
-            u = u + rounded(offsets.v * lax.stop_gradient(_spacing(fmt, u)))
-        else:
+        low, high, shift, margin = -fmt.peak, fmt.peak, 0.0, 0.5
+        if isinstance(fmt, Int):
             u = u + offsets.v
             if fmt.bits > 1:
                 low, high = -(2.0 ** (fmt.bits - 1)), 2.0 ** (fmt.bits - 1) - 1.0
@@ -145,12 +143,16 @@ class Rounding(NamedTuple):
                 shift = 2.0 ** (fmt.bits - 1)
                 low, high = 0.0, float(fmt.levels)
                 u = u + (zero - shift)
+        else:
+            values = _values(fmt)
+            margin = float(values[-1] - values[-2]) / 2
+            u = u + rounded(offsets.v * _spacing(values, lax.stop_gradient(u)))
         fixed = lax.stop_gradient(u)
         codes = fmt.encode(jnp.round(fixed) + shift if zero is not None else fixed)
         u = u + shift
-        # minimum and maximum, not clip: at the very end both halves get the gradient.
-        carrier = jnp.minimum(jnp.maximum(u, low), high)
-        return fmt.decode(codes), carrier, codes
+        # Values that round to an end are inside: extremes lie exactly there at first.
+        inside = (u >= low - margin) & (u <= high + margin)
+        return fmt.decode(codes), jnp.where(inside, u, jnp.clip(u, low, high)), codes
 
 
 def check_format(where: str, fmt: Format) -> None:
@@ -164,11 +166,15 @@ def check_format(where: str, fmt: Format) -> None:
         )
 
 
-def _spacing(fmt: Format, u):
-    """Distance between the two grid values around `u`; 0 beyond the ends."""
+def _values(fmt: Format) -> np.ndarray:
+    """The grid of a 4-bit format, ascending."""
     with jax.ensure_compile_time_eval():
         codes = jnp.arange(2**fmt.code_bits, dtype=jnp.uint8)
-        grid = np.unique(np.asarray(fmt.decode(codes)))
+        return np.unique(np.asarray(fmt.decode(codes)))
+
+
+def _spacing(grid: np.ndarray, u):
+    """Distance between the two grid values around `u`; 0 beyond the ends."""
     gaps = np.diff(np.concatenate([grid[:1], grid, grid[-1:]]))
     spacing = jnp.zeros_like(u)
     for value, change in zip(grid, np.diff(gaps), strict=True):

@@ -68,7 +68,7 @@ class SignRound(Method):
       batch: calibration samples per step, for blocks.
       checks: how many times a block's error over all samples is measured.
       seed: of the order of samples.
-      rule: of `RTN`, for the ranges to start from.
+      rule: of `RTN`, for the ranges to start from; `auto` is the reference package's.
 
     Raises:
       SpecError: a field is out of range.
@@ -82,7 +82,7 @@ class SignRound(Method):
     batch: int = 8
     checks: int = 5
     seed: int = 0
-    rule: str = "auto"
+    rule: str = "mse"
 
     def __post_init__(self) -> None:
         check_steps("SignRound", steps=self.steps, batch=self.batch, checks=self.checks)
