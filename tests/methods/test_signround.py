@@ -15,15 +15,10 @@ from qjax.methods.signround import tune_block
 
 ROWS, COLS = 32, 5
 FORMATS = [
-    Int(3, 16),
-    Int(1, 16),
+    Int(1, 24),
     Int(8, 16),
-    Int(4, 24),
-    Int(2, 16, symmetric=False),
     Int(4, 16, symmetric=False, scale_dtype="float16", zero_dtype="uint8"),
     Int(3, 5, symmetric=False, axis="out", scale_dtype="bfloat16"),
-    Int(3, 16, scale_dtype="uint8"),
-    NF4(32),
     NF4(64, double=True),
     FP4(32),
     MXFP4(),
@@ -77,7 +72,7 @@ def reference(w, h, s0, z0, bits, steps):
         if error < least:
             least, best = error, (fake, q)
         slope = (2 * h @ (fake - w)).reshape(g.shape)
-        inside = np.round(u) == q
+        inside = (u >= floor - 0.5) & (u <= floor + top + 0.5)
         rate = (1 - t / steps) / steps
         ds = np.sum(slope * (q - z - inside * g / s), 1, keepdims=True)
         dz = np.sum(slope * s * (inside - 1.0), 1, keepdims=True)
@@ -113,16 +108,6 @@ def test_what_is_learned_is_what_is_stored(rng, fmt):
     w = jnp.asarray(0.1 * rng.standard_t(4, size=(64, 5)), jnp.float32)
     plain = quantize(w, fmt)
 
-    @jax.jit
-    def start(w):
-        rounding = Rounding.build(w, fmt, RTN().fit)
-        return rounding.freeze(rounding.start())
-
-    at_start = start(w)
-    if fmt not in (MXFP4(), NF4(64, double=True), Int(3, 16, scale_dtype="uint8")):
-        np.testing.assert_array_equal(at_start.codes, plain.codes)
-    np.testing.assert_array_equal(at_start.dequantize(), plain.dequantize())
-
     def moved(w):
         rounding = Rounding.build(w, fmt, RTN().fit)
         s = rounding.start()
@@ -130,7 +115,13 @@ def test_what_is_learned_is_what_is_stored(rng, fmt):
         ends = 1 + 0.4 * (jax.random.uniform(jax.random.key(2), s.high.shape) - 0.5)
         return rounding, Offsets(uniform, ends, None if s.low is None else 2 - ends)
 
-    fake = jax.jit(lambda w: moved(w)[0].fake(moved(w)[1]))(w)
+    @jax.jit
+    def fakes(w):
+        rounding, offsets = moved(w)
+        return rounding.fake(offsets), rounding.fake(rounding.start())
+
+    fake, start = fakes(w)
+    np.testing.assert_array_equal(np.asarray(start), plain.dequantize())
     stored = jax.jit(lambda w: moved(w)[0].freeze(moved(w)[1]))(w)
     np.testing.assert_array_equal(np.asarray(fake), stored.dequantize())
     assert np.any(np.asarray(fake) != np.asarray(plain.dequantize()))

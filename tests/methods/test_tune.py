@@ -141,7 +141,7 @@ def test_which_leaves_move(rng, case):
     params = {
         "w": LowRank(InputScaled(q, s), a, b),
         "norm": s,
-        "dense": jnp.ones((4, 4)),
+        "dense": a,
     }
     split = Continuous.split(params)
     assert sorted(split.kinds) == sorted([*want, "s", "a", "b"])
