@@ -92,8 +92,10 @@ def tune_block_scales(
         )
     split = Continuous.split(qweights, vectors=vectors, where=where)
     order = order_of(count - kept, batch, steps, seed)
-    best, *report = _tune(split, samples, order, apply, float(lr), checks, kept)
-    return best, report_of(*report, where)
+    best, kept_at, errors, first = _tune(
+        split, samples, order, apply, float(lr), checks, kept
+    )
+    return best, report_of(kept_at, errors, first, where)
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "lr", "checks", "held_out"))

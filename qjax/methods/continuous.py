@@ -119,10 +119,10 @@ def adam(lr: float, steps: int) -> optax.GradientTransformation:
     rate = optax.cosine_decay_schedule(lr, steps)
     rule = optax.adam(rate, b1=0.9, b2=0.99, eps=1e-14)
 
-    def update(slopes, state, values=None):
+    def update(updates, state, params=None):
         # Optax counts steps in integers and mixes them with floats.
         with jax.numpy_dtype_promotion("standard"):
-            return rule.update(slopes, state, values)
+            return rule.update(updates, state, params)
 
     return optax.GradientTransformation(rule.init, update)
 

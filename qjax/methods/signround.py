@@ -221,7 +221,7 @@ def tune_block(
         fmt.grouping((weights[path].shape[0], weights[path].shape[1]))
     samples = Samples.build(inputs, targets, mask, rest, "tune_block")
     order = order_of(samples.inputs.shape[0], method.batch, method.steps, method.seed)
-    packed, *report = _tune(
+    packed, kept, checks, first = _tune(
         {path: jnp.asarray(weights[path]) for path in sorted(weights)},
         samples,
         order,
@@ -234,7 +234,7 @@ def tune_block(
         path: dataclasses.replace(q, dtype=jnp.dtype(weights[path].dtype).name)
         for path, q in packed.items()
     }
-    return packed, report_of(*report, "tune_block")
+    return packed, report_of(kept, checks, first, "tune_block")
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "formats", "method"))
