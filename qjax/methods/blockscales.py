@@ -92,10 +92,10 @@ def tune_block_scales(
         )
     split = Continuous.split(qweights, vectors=vectors, where=where)
     order = order_of(count - kept, batch, steps, seed)
-    best, kept_at, errors, first = _tune(
+    best, found, errors, first = _tune(
         split, samples, order, apply, float(lr), checks, kept
     )
-    return best, report_of(kept_at, errors, first, where)
+    return best, report_of(found, errors, first, where)
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "lr", "checks", "held_out"))
