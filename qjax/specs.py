@@ -171,15 +171,17 @@ def _check(name: str, q: Any) -> None:
     _leaf(f"{name}.codes", q.codes, (*lead, *_codes_shape(q)), (codes.name,))
     scales = (*lead, *group.scale_shape)
     if isinstance(q.scale, QuantizedTensor):
-        if tuple(q.scale.shape) != scales or not isinstance(q.scale.format, Dynamic8):
-            raise FormatError(f"{name}.scale: {q.scale!r} does not fit {scales}")
+        _check_nested(f"{name}.scale", q.scale, scales)
     elif isinstance(fmt, Trellis):
         if q.scale is not None:
             _leaf(f"{name}.scale", q.scale, scales, _FLOATS)
     elif not isinstance(fmt, Cast):
         _leaf(f"{name}.scale", q.scale, scales, (*_FLOATS, "uint8", "float8_e4m3fn"))
     if isinstance(q, AffineTensor) and isinstance(fmt, Int) and not fmt.symmetric:
-        _leaf(f"{name}.zero", q.zero, scales, (*_FLOATS, "uint8"))
+        if isinstance(q.zero, QuantizedTensor) and isinstance(q.scale, QuantizedTensor):
+            _check_nested(f"{name}.zero", q.zero, scales)
+        else:
+            _leaf(f"{name}.zero", q.zero, scales, (*_FLOATS, "uint8"))
     if isinstance(q, CodebookTensor):
         if q.codebook is not None:
             levels = (*lead, 2**fmt.code_bits)
@@ -189,6 +191,13 @@ def _check(name: str, q: Any) -> None:
     if isinstance(q, MinifloatTensor) and fmt.name == "nvfp4":
         shape = (*lead, 1, 1)
         _leaf(f"{name}.global_scale", q.global_scale, shape, ("float32",))
+
+
+def _check_nested(name: str, inner: QuantizedTensor, shape: tuple[int, ...]) -> None:
+    """Statistics that are quantized themselves: dynamic codes, or integers (SpQR)."""
+    known = isinstance(inner.format, Dynamic8 | Int)
+    if tuple(inner.shape) != shape or not known or isinstance(inner, Wrapper):
+        raise FormatError(f"{name}: {inner!r} does not fit {shape}")
 
 
 def _check_wrapper(name: str, q: Wrapper) -> None:

@@ -33,14 +33,15 @@ class Grid:
     """What rounds: closures over the format and its parameters.
 
     Attributes:
-      round: `(target [unit, cols], row, params) -> (codes [unit, cols], values)`.
-      fit: `(target [rows, cols], row, m, params) -> params`, called where a group of
-        `rows` rows starts; `m` is the group's block of the factor. None when nothing is
-        fitted during the loop.
+      round: `(target [unit, cols], row, params) -> (codes, values [unit, cols])`; codes
+        are any pytree of arrays `[*, cols]` that pile up along the first axis.
+      fit: `(values [rows, cols], row, m, params) -> params`, called where a group of
+        `rows` rows starts, with the group as it reacts to the errors so far and with
+        its block of the factor. None when nothing is fitted during the loop.
       keep: `params -> pytree of [1, *]` that is collected per group; the default keeps
         nothing.
-      like: `cols -> (shape of a unit's codes, shapes of what is kept per group)`; needed
-        where something is kept.
+      like: `cols -> (shape of a unit's codes, shapes of what is kept per group)`;
+        needed where something is kept.
       rows: rows per group of `fit`.
       unit: rows rounded together; divides `rows`.
     """
@@ -72,7 +73,7 @@ def levels(size: int, rows: int, unit: int) -> tuple[tuple[int, ...], int]:
 
 
 def _cuts(chunk: int, rows: int, unit: int) -> list[int]:
-    """Sizes below a chunk, each dividing the one before; `rows` and `unit` among them."""
+    """Sizes below a chunk, each dividing the one before, `rows` and `unit` too."""
     cuts, size = [], chunk
     for anchor in [rows, unit] if rows and rows > unit else [unit]:
         while size > 16 * anchor:
@@ -128,8 +129,7 @@ def run_slice(
         own = block(c, at)
         found, errors, stats = _run(grid, sizes, rows, target, own, at, params)
         x = jax.lax.dynamic_update_slice_in_dim(x, errors, at, 0)
-        codes = jax.lax.dynamic_update_slice_in_dim(codes, found, at, 0)
-        return x, codes, _put(kept, stats, c)
+        return x, _put(codes, found, c), _put(kept, stats, c)
 
     like = _shapes(x.shape[1], grid, params)
     codes, kept = _buffers(like, count * chunk, grid)
@@ -142,7 +142,7 @@ def _run(grid: Grid, sizes, rows, target, m, at, params):
     size, below = sizes[0], sizes[1:]
     stats = None
     if grid.fit is not None and size == grid.rows:
-        params = grid.fit(target, at, m, params)
+        params = grid.fit(_reaction(rows, target, m), at, m, params)
         stats = grid.keep(params) if grid.keep else None
     if not below:
         codes, values = grid.round(target, at, params)
@@ -158,7 +158,7 @@ def _run(grid: Grid, sizes, rows, target, m, at, params):
         goal = jax.lax.dynamic_slice_in_dim(target, begin, part)
         goal = goal + _product(into, errors)
         found, missed, new = _run(grid, below, own, goal, inner, at + begin, params)
-        codes = jax.lax.dynamic_update_slice_in_dim(codes, found, begin, 0)
+        codes = _put(codes, found, i)
         errors = jax.lax.dynamic_update_slice_in_dim(errors, missed, begin, 0)
         return codes, errors, _put(kept, new, i)
 
@@ -168,6 +168,19 @@ def _run(grid: Grid, sizes, rows, target, m, at, params):
     start = (start[0], jnp.zeros_like(rows), start[1])
     codes, errors, kept = jax.lax.fori_loop(0, size // part, step, start)
     return codes, errors, kept if stats is None else stats
+
+
+def _reaction(rows, target, m):
+    """A group as it would best react to the errors so far if it were not rounded.
+
+    Targets answer the errors of earlier rows only once those of the rows between are
+    known; with none of these rounded, `u - v = M^-T (target - rows) + rows - v`.
+    """
+    if rows.shape[0] == 1:
+        return target
+    return rows + jax.lax.linalg.triangular_solve(
+        m, target - rows, left_side=True, lower=False, transpose_a=True
+    )
 
 
 def _shapes(cols: int, grid: Grid, params):
@@ -185,7 +198,7 @@ def _buffers(like, size: int, grid: Grid):
     def zeros(leaf, count):
         return jnp.zeros((leaf.shape[0] * count, *leaf.shape[1:]), leaf.dtype)
 
-    codes = zeros(like[0], size // grid.unit)
+    codes = jax.tree.map(lambda leaf: zeros(leaf, size // grid.unit), like[0])
     return codes, jax.tree.map(lambda leaf: zeros(leaf, size // grid.rows), like[1])
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int as IntArray
+from jaxtyping import Array, Float
+from jaxtyping import Int as IntArray
 
 from qjax.errors import SpecError
 from qjax.formats import Cast, Format
@@ -26,7 +27,7 @@ from qjax.methods.ranges import (
 )
 from qjax.packing import pack
 from qjax.scales import nvfp4_divisor, store_scale
-from qjax.tensor import LayoutTensor, assemble, load_scale
+from qjax.tensor import LayoutTensor, assemble
 from qjax.wrappers import Permuted
 
 ORDERS = (False, True, "group")

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int as IntArray
+from jaxtyping import Array, Float
+from jaxtyping import Int as IntArray
 
 from qjax.formats import Format, Int
 from qjax.formats.base import divided

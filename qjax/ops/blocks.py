@@ -25,6 +25,7 @@ from qjax.tensor import (
     LayoutTensor,
     QuantizedTensor,
     load_scale,
+    load_zero,
 )
 from qjax.trellis import TrellisTensor
 
@@ -40,10 +41,12 @@ def replaced(q: Any, **fields: Any) -> Any:
 
 
 def materialize_scale(q: LayoutTensor) -> LayoutTensor:
-    """Decodes a nested (doubly quantized) scale to float32; costs one scale array."""
-    if isinstance(q.scale, QuantizedTensor):
-        return replaced(q, scale=load_scale(gathered(q.scale)))
-    return q
+    """Decodes nested scales and zero-points to float32; costs one scale array each."""
+    if not isinstance(q.scale, QuantizedTensor):
+        return q
+    if isinstance(getattr(q, "zero", None), QuantizedTensor):
+        q = replaced(q, zero=load_zero(gathered(q.zero)))  # pyright: ignore[reportAttributeAccessIssue]
+    return replaced(q, scale=load_scale(gathered(q.scale)))
 
 
 def gathered(tree: Any) -> Any:
@@ -172,7 +175,7 @@ def decode(q: LayoutTensor) -> Float[Array, "in out"]:
     group = q.grouping
     values = group.split(values)
     if isinstance(q, AffineTensor) and q.zero is not None:
-        values = values - group.load(q.zero.astype(jnp.float32))
+        values = values - group.load(load_zero(q.zero))
     values = group.join(values * group.load(q.scales()))
     offset = getattr(q, "offset", None)
     return values if offset is None else values + offset

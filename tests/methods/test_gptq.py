@@ -1,14 +1,13 @@
 """GPTQ against its original in NumPy, its orders and ranges, and what it refuses."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from .calibrated import correlated, output_error, statistics_of
-from .gptq_reference import gptq
 from qjax.errors import NonFiniteError, SpecError
 from qjax.formats import FP8, MXFP4, MXFP8, NF4, NVFP4, Cast, Int
 from qjax.methods import GPTQ, method_from_dict, quantize
@@ -16,6 +15,9 @@ from qjax.methods.feedback import levels
 from qjax.methods.hessian import check_curvature
 from qjax.ops import matmul
 from qjax.wrappers import Permuted
+
+from .calibrated import correlated, output_error, statistics_of
+from .gptq_reference import gptq
 
 ROWS, COLS = 96, 20
 
@@ -190,7 +192,7 @@ def test_sixteen_bit_weights_stay_sixteen_bit(x, w):
 
 def test_refuses_what_it_cannot_do(x, w):
     stats = statistics_of(x)
-    with pytest.raises(SpecError, match="needs statistics .* pass calibration="):
+    with pytest.raises(SpecError, match=r"needs statistics .* pass calibration="):
         quantize(w, asym(4, 32), GPTQ())
     with pytest.raises(SpecError, match="cross output columns"):
         quantize(w, NF4(64), GPTQ(), statistics=stats)
@@ -218,5 +220,5 @@ def test_levels_divide(size, rows):
     assert padded >= size
     assert padded <= -(-size // (rows or 1)) * (rows or 1) + 256
     assert sizes[-1] == 1 or sizes == (1,)
-    assert all(a % b == 0 and a > b for a, b in zip(sizes, sizes[1:], strict=False))
+    assert all(a % b == 0 and a > b for a, b in itertools.pairwise(sizes))
     assert not rows or rows in sizes
