@@ -14,9 +14,19 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from qjax.additive import AdditiveTensor
 from qjax.errors import FormatError, SpecError
-from qjax.formats import Cast, Dynamic8, Format, Int, format_from_dict
+from qjax.formats import (
+    Additive,
+    Cast,
+    Dynamic8,
+    Format,
+    Int,
+    KMeans,
+    format_from_dict,
+)
 from qjax.formats.codebook import TableFormat
+from qjax.formats.minifloat import Minifloat
 from qjax.tensor import (
     AffineTensor,
     CodebookTensor,
@@ -38,6 +48,7 @@ from qjax.wrappers import (
 _CLASSES: dict[str, type] = {
     cls.__name__: cls
     for cls in (
+        AdditiveTensor,
         AffineTensor,
         CodebookTensor,
         MinifloatTensor,
@@ -141,8 +152,13 @@ def _check(name: str, q: Any) -> None:
     if not isinstance(q, LayoutTensor):
         raise FormatError(f"{name}: {type(q).__name__} is not a quantized layout")
     fmt = q.format
-    wanted = {AffineTensor: Int, CodebookTensor: TableFormat}.get(type(q))
-    if wanted and not isinstance(fmt, wanted):
+    wanted = {
+        AdditiveTensor: Additive,
+        AffineTensor: Int,
+        CodebookTensor: TableFormat,
+        MinifloatTensor: Minifloat | Cast,
+    }[type(q)]
+    if not isinstance(fmt, wanted):
         raise FormatError(f"{name}: format {fmt.name} cannot be a {type(q).__name__}")
     try:
         group = fmt.grouping(q.matrix)
@@ -151,12 +167,20 @@ def _check(name: str, q: Any) -> None:
     lead = tuple(q.codes.shape[:-2]) if hasattr(q.codes, "shape") else None
     if lead is None or q.codes.ndim < 2:
         raise FormatError(f"{name}.codes: expected an array of rank 2 or more")
+    if isinstance(q, AdditiveTensor):
+        _check_additive(name, q, lead)
+        return
     codes = jnp.dtype(_codes_dtype(fmt))
     _leaf(f"{name}.codes", q.codes, (*lead, *codes_shape(fmt, q.matrix)), (codes.name,))
     scales = (*lead, *group.scale_shape)
     if isinstance(q.scale, QuantizedTensor):
         if tuple(q.scale.shape) != scales or not isinstance(q.scale.format, Dynamic8):
             raise FormatError(f"{name}.scale: {q.scale!r} does not fit {scales}")
+    elif isinstance(fmt, KMeans) and fmt.columnwise:
+        tables = (*lead, fmt.levels, q.matrix[1])
+        _leaf(f"{name}.codebook", getattr(q, "codebook", None), tables, _FLOATS)
+        _absent(name, q, "scale", "offset")
+        return
     elif not isinstance(fmt, Cast):
         _leaf(f"{name}.scale", q.scale, scales, (*_FLOATS, "uint8", "float8_e4m3fn"))
     if isinstance(q, AffineTensor) and isinstance(fmt, Int) and not fmt.symmetric:
@@ -170,6 +194,26 @@ def _check(name: str, q: Any) -> None:
     if isinstance(q, MinifloatTensor) and fmt.name == "nvfp4":
         shape = (*lead, 1, 1)
         _leaf(f"{name}.global_scale", q.global_scale, shape, ("float32",))
+
+
+def _check_additive(name: str, q: AdditiveTensor, lead: tuple[int, ...]) -> None:
+    """Codes may not index beyond a codebook of less than 16 bits."""
+    fmt, (rows, cols) = q.format, q.matrix
+    codes = (*lead, rows // fmt.group * fmt.codebooks, cols)
+    _leaf(f"{name}.codes", q.codes, codes, (f"uint{fmt.code_bits}",))
+    _leaf(f"{name}.scale", q.scale, (*lead, 1, cols), _FLOATS)
+    books = (*lead, fmt.codebooks, fmt.levels, fmt.group)
+    _leaf(f"{name}.codebooks", q.codebooks, books, _FLOATS)
+    if fmt.bits not in (8, 16) and q.size and int(jnp.max(q.codes)) >= fmt.levels:
+        raise FormatError(
+            f"{name}.codes: index {int(jnp.max(q.codes))} outside 0..{fmt.levels - 1}"
+        )
+
+
+def _absent(name: str, q: Any, *fields: str) -> None:
+    for field in fields:
+        if getattr(q, field) is not None:
+            raise FormatError(f"{name}.{field}: {q.format.name} has none")
 
 
 def _check_wrapper(name: str, q: Wrapper) -> None:
@@ -194,7 +238,7 @@ def _check_wrapper(name: str, q: Wrapper) -> None:
         count = (*lead, int(q.values.shape[-1]))
         _leaf(f"{name}.values", q.values, count, _FLOATS)
         for field, index, size in (("rows", q.rows, rows), ("cols", q.cols, cols)):
-            _leaf(f"{name}.{field}", index, count, ("int32",))
+            _leaf(f"{name}.{field}", index, count, ("int32", "uint16"))
             if math.prod(count) and not (
                 0 <= int(jnp.min(index)) <= int(jnp.max(index)) < size
             ):

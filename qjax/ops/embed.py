@@ -13,8 +13,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from qjax.additive import AdditiveTensor
 from qjax.errors import SpecError, UnsupportedError
-from qjax.ops.blocks import code_values, cut_leaf, materialize_scale, scale_values
+from qjax.ops.blocks import (
+    code_values,
+    cut_leaf,
+    decode,
+    materialize_scale,
+    replaced,
+    scale_values,
+    take,
+)
 from qjax.packing import row_multiple, unpack
 from qjax.tensor import LayoutTensor, QuantizedTensor
 from qjax.wrappers import (
@@ -98,6 +107,8 @@ def _rows(w, ids, transpose):
 
 def _column(q: LayoutTensor, i) -> Float[Array, " in"]:
     """Column `i` of the matrix."""
+    if isinstance(q, AdditiveTensor):
+        return decode(take(q, "out", i, 1))[:, 0]
     rows, bits = q.matrix[0], q.format.code_bits
     places = jnp.arange(rows, dtype=jnp.int32)
     if q.flat:  # a run of codes that may start within a byte
@@ -113,7 +124,11 @@ def _column(q: LayoutTensor, i) -> Float[Array, " in"]:
 
 
 def _row(q: LayoutTensor, i) -> Float[Array, " out"]:
-    """Row `i`, from the packing unit that holds it."""
+    """Row `i`, from the packing unit or the vectors that hold it."""
+    if isinstance(q, AdditiveTensor):
+        group = q.format.group
+        rows = decode(take(q, "in", i // group * group, group))
+        return lax.dynamic_index_in_dim(rows, i % group, 0, keepdims=False)
     if q.flat:
         raise UnsupportedError(
             f"embed: {q!r} is stored flat over the transpose, so a row is scattered "
@@ -140,6 +155,8 @@ def _scaled(q, codes, row, column):
         "block": (row // size, column // size),
         "flat": (row // size, 0),
     }[kind]
+    if getattr(q, "columnwise", False) and kind == "channel":
+        q = replaced(q, codebook=q.codebook[:, column])
     values = code_values(q, codes)
     if getattr(q, "zero", None) is not None:
         values = values - q.zero[at].astype(jnp.float32)
