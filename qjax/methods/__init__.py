@@ -1,5 +1,6 @@
 """Which codes to choose: one algorithm per file."""
 
+from qjax.methods.additive import AQLM as AQLM
 from qjax.methods.array import quantize as quantize
 from qjax.methods.base import Method as Method
 from qjax.methods.base import method_from_dict as method_from_dict
