@@ -14,8 +14,17 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from qjax.additive import AdditiveTensor
 from qjax.errors import FormatError, SpecError
-from qjax.formats import Cast, Dynamic8, Format, Int, format_from_dict
+from qjax.formats import (
+    Additive,
+    Cast,
+    Dynamic8,
+    Format,
+    Int,
+    KMeans,
+    format_from_dict,
+)
 from qjax.formats.codebook import TableFormat
 from qjax.formats.minifloat import Minifloat
 from qjax.formats.trellis import TILE, Trellis
@@ -42,6 +51,7 @@ from qjax.wrappers import (
 _CLASSES: dict[str, type] = {
     cls.__name__: cls
     for cls in (
+        AdditiveTensor,
         AffineTensor,
         CodebookTensor,
         MinifloatTensor,
@@ -157,6 +167,7 @@ def _check(name: str, q: Any) -> None:
         CodebookTensor: TableFormat,
         MinifloatTensor: Minifloat | Cast,
         TrellisTensor: Trellis,
+        AdditiveTensor: Additive,
     }[type(q)]
     if not isinstance(fmt, wanted):
         raise FormatError(f"{name}: format {fmt.name} cannot be a {type(q).__name__}")
@@ -167,6 +178,9 @@ def _check(name: str, q: Any) -> None:
     lead = tuple(q.codes.shape[:-2]) if hasattr(q.codes, "shape") else None
     if lead is None or q.codes.ndim < 2:
         raise FormatError(f"{name}.codes: expected an array of rank 2 or more")
+    if isinstance(q, AdditiveTensor):
+        _check_additive(name, q, lead)
+        return
     codes = jnp.dtype(_codes_dtype(fmt))
     _leaf(f"{name}.codes", q.codes, (*lead, *_codes_shape(q)), (codes.name,))
     scales = (*lead, *group.scale_shape)
@@ -175,6 +189,11 @@ def _check(name: str, q: Any) -> None:
     elif isinstance(fmt, Trellis):
         if q.scale is not None:
             _leaf(f"{name}.scale", q.scale, scales, _FLOATS)
+    elif isinstance(fmt, KMeans) and fmt.columnwise:
+        tables = (*lead, fmt.levels, q.matrix[1])
+        _leaf(f"{name}.codebook", getattr(q, "codebook", None), tables, _FLOATS)
+        _absent(name, q, "scale", "offset")
+        return
     elif not isinstance(fmt, Cast):
         _leaf(f"{name}.scale", q.scale, scales, (*_FLOATS, "uint8", "float8_e4m3fn"))
     if isinstance(q, AffineTensor) and isinstance(fmt, Int) and not fmt.symmetric:
@@ -198,6 +217,26 @@ def _check_nested(name: str, inner: QuantizedTensor, shape: tuple[int, ...]) -> 
     known = isinstance(inner.format, Dynamic8 | Int)
     if tuple(inner.shape) != shape or not known or isinstance(inner, Wrapper):
         raise FormatError(f"{name}: {inner!r} does not fit {shape}")
+
+
+def _check_additive(name: str, q: AdditiveTensor, lead: tuple[int, ...]) -> None:
+    """Codes may not index beyond a codebook of less than 16 bits."""
+    fmt, (rows, cols) = q.format, q.matrix
+    codes = (*lead, rows // fmt.group * fmt.codebooks, cols)
+    _leaf(f"{name}.codes", q.codes, codes, (f"uint{fmt.code_bits}",))
+    _leaf(f"{name}.scale", q.scale, (*lead, 1, cols), _FLOATS)
+    books = (*lead, fmt.codebooks, fmt.levels, fmt.group)
+    _leaf(f"{name}.codebooks", q.codebooks, books, _FLOATS)
+    if fmt.bits not in (8, 16) and q.size and int(jnp.max(q.codes)) >= fmt.levels:
+        raise FormatError(
+            f"{name}.codes: index {int(jnp.max(q.codes))} outside 0..{fmt.levels - 1}"
+        )
+
+
+def _absent(name: str, q: Any, *fields: str) -> None:
+    for field in fields:
+        if getattr(q, field) is not None:
+            raise FormatError(f"{name}.{field}: {q.format.name} has none")
 
 
 def _check_wrapper(name: str, q: Wrapper) -> None:
@@ -235,7 +274,7 @@ def _check_wrapper(name: str, q: Wrapper) -> None:
         count = (*lead, int(q.values.shape[-1]))
         _leaf(f"{name}.values", q.values, count, _FLOATS)
         for field, index, size in (("rows", q.rows, rows), ("cols", q.cols, cols)):
-            _leaf(f"{name}.{field}", index, count, ("int32",))
+            _leaf(f"{name}.{field}", index, count, ("int32", "uint16"))
             if math.prod(count) and not (
                 0 <= int(jnp.min(index)) <= int(jnp.max(index)) < size
             ):

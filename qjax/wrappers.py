@@ -135,8 +135,8 @@ class WithOutliers(Wrapper):
 
     Attributes:
       values: float `[*lead, n]`.
-      rows: int32 `[*lead, n]`, input indices.
-      cols: int32 `[*lead, n]`, output indices.
+      rows: int32 or uint16 `[*lead, n]`, input indices.
+      cols: the same, output indices.
     """
 
     values: Any

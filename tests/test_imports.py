@@ -25,7 +25,7 @@ LAYERS = [
     ["formats"],
     ["tensor"],
     ["scales"],
-    ["wrappers"],
+    ["wrappers", "additive"],
     ["trellis"],
     ["specs"],
     ["artifact"],

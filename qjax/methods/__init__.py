@@ -1,5 +1,6 @@
 """Which codes to choose: one algorithm per file."""
 
+from qjax.methods.additive import AQLM as AQLM
 from qjax.methods.array import quantize as quantize
 from qjax.methods.awq import AWQ as AWQ
 from qjax.methods.base import Method as Method
@@ -16,6 +17,7 @@ from qjax.methods.gptaq import GPTAQ as GPTAQ
 from qjax.methods.gptq import GPTQ as GPTQ
 from qjax.methods.hessian import check_curvature as check_curvature
 from qjax.methods.hqq import HQQ as HQQ
+from qjax.methods.kmeans import Lloyd as Lloyd
 from qjax.methods.ldlq import LDLQ as LDLQ
 from qjax.methods.learned_rotation import learn_rotation as learn_rotation
 from qjax.methods.learned_rotation import rounding_loss as rounding_loss
