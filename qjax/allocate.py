@@ -174,7 +174,7 @@ def allocate(
     ]
     total = sum(size[i, k] for i, k in enumerate(picked)) / weights.sum()
     name = f"{recipe.name}@{target_bits:g}"
-    final = Recipe((*chosen, *recipe.rules), name)
+    final = dataclasses.replace(recipe, rules=(*chosen, *recipe.rules), name=name)
     return Allocation(final, made, float(total), float(target_bits), score)
 
 

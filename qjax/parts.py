@@ -19,13 +19,27 @@ import numpy as np
 from qjax.artifact import part_name, tensor_report
 from qjax.calibration import BlockStream
 from qjax.checkpoint import hold
-from qjax.errors import SpecError
-from qjax.methods import RTN, Statistics, needs_of, prepare, quantize
+from qjax.errors import NonFiniteError, SpecError
+from qjax.methods import (
+    RTN,
+    Curvature,
+    SignRound,
+    Statistics,
+    check_curvature,
+    needs_of,
+    prepare,
+    quantize,
+    tune_block,
+    uses_of,
+)
 from qjax.methods.array import check_finite, count_nonfinite
+from qjax.methods.llm_int8 import trim
 from qjax.models import ModelConfig
+from qjax.models.fold import fold_layer
 from qjax.recipes import Recipe, Rule
 from qjax.reports import Progress, QuantizationReport
-from qjax.tensor import QuantizedTensor
+from qjax.tensor import QuantizedTensor, with_dtype
+from qjax.wrappers import InputScaled
 
 TABLES = ("embed.embedding", "embed.position")
 
@@ -65,17 +79,20 @@ class PartQuantizer:
         self._start = time.perf_counter()
         self._done = 0
         self.entries: dict[str, dict[str, Any]] = {}
-        needs = frozenset[str]().union(*(needs_of(r.method) for r in recipe.rules))
+        rules = [rule for rule in recipe.rules if rule.format is not None]
+        needs = frozenset[str]().union(*(needs_of(r.method) for r in rules))
+        uses = frozenset[str]().union(*(uses_of(r.method) for r in rules))
         if needs and tokens is None:
-            method = next(r.method.name for r in recipe.rules if needs_of(r.method))
+            method = next(r.method.name for r in rules if needs_of(r.method))
             raise SpecError(
                 f"recipe {recipe.name!r}: its method {method} needs calibration; pass "
                 "calibration= token ids or the path of a text (--calibration FILE), or "
                 "take a data-free recipe such as hqq-int4-g64"
             )
         self._stream = None
-        if tokens is not None and needs:
-            reference = "cross" in needs
+        if tokens is not None and uses:
+            learned = any(isinstance(rule.method, SignRound) for rule in rules)
+            reference = "cross" in uses or learned
             self._stream = BlockStream(
                 config, tokens, dtype, reference=reference, batch=batch, mesh=mesh
             )
@@ -136,13 +153,15 @@ class PartQuantizer:
         assert self._stream is not None  # callers check
         prefix = f"layers.{layer}."
         dense = self._own(layer, part)
-        done, packed = dict(part), dict(dense)
-        waiting = dict.fromkeys(part)
+        done = self._learned(layer, part, dense)
+        packed = dense | self._own(layer, done)
+        waiting = dict.fromkeys(path for path in part if path not in done)
+        done = {**part, **done}
         for group in self._stream.groups(layer, dense):
             paths = [prefix + path for path in group]
             rules = {p: self._recipe.match(p, part[p].shape) for p in paths}
-            used = {p: rule for p, rule in rules.items() if rule is not None}
-            needs = frozenset[str]().union(*(needs_of(r.method) for r in used.values()))
+            used = {p: r for p, r in rules.items() if r is not None and p in waiting}
+            needs = frozenset[str]().union(*(uses_of(r.method) for r in used.values()))
             statistics = None
             if needs:
                 statistics = self._stream.collect(layer, group, packed, dense, needs)
@@ -150,7 +169,70 @@ class PartQuantizer:
             for path in used:
                 packed[path[len(prefix) :]] = hold(done[path], self._dtype)
                 waiting.pop(path)
-        return done | {path: self._one(path, part[path]) for path in waiting}
+        done |= {path: self._one(path, part[path]) for path in waiting}
+        return self._folded(done)
+
+    def _learned(
+        self, layer: int, part: Mapping[str, Any], dense: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Kernels whose rounding is learned, all of the block together."""
+        assert self._stream is not None  # callers check
+        prefix = f"layers.{layer}."
+        rules = {path: self._recipe.match(path, w.shape) for path, w in part.items()}
+        found = {
+            path[len(prefix) :]: rule
+            for path, rule in rules.items()
+            if rule is not None and isinstance(rule.method, SignRound)
+        }
+        if not found:
+            return {}
+        methods = {rule.method for rule in found.values()}
+        if len(methods) > 1:
+            raise SpecError(
+                f"layers.{layer}: rules with different settings of SignRound; a block "
+                "is learned as a whole, so give its kernels one"
+            )
+        weights = {p: jnp.asarray(part[prefix + p], jnp.float32) for p in found}
+        for path, w in weights.items():
+            check_finite(w, prefix + path)
+        (method,) = methods
+        tuned, report = tune_block(
+            self._stream.block(layer),
+            weights,
+            {p: rule.format for p, rule in found.items() if rule.format is not None},
+            jnp.asarray(self._stream.x),
+            jnp.asarray(self._stream.targets(layer, dense)),
+            method,  # pyright: ignore[reportArgumentType]
+            rest={p: w for p, w in dense.items() if p not in found},
+        )
+        extra = {"block_error": [report.start, report.best]}
+        done = {}
+        for path, q in tuned.items():
+            w = part[prefix + path]
+            done[prefix + path] = with_dtype(q, jnp.dtype(w.dtype).name)
+            entry = _entry(prefix + path, w, q, found[path].method.name)
+            self.entries[prefix + path] = {
+                **entry,
+                **_source(prefix + path, w),
+                **extra,
+            }
+        return done
+
+    def _folded(self, part: dict[str, Any]) -> dict[str, Any]:
+        """Lets norms absorb input scales, and corrects what was reported of them."""
+        if not any(isinstance(leaf, InputScaled) for leaf in part.values()):
+            return part
+        folded = fold_layer(self._config, part)
+        for path, leaf in folded.items():
+            if leaf is part[path]:
+                continue
+            report = tensor_report(path, leaf)
+            kept = {k: report[k] for k in ("nbytes", "bits_per_weight")}
+            if not isinstance(leaf, QuantizedTensor):
+                kept = {"nbytes": report["nbytes"], "dtype": report["format"]}
+                kept["reason"] = "absorbed input scales"
+            self.entries[path] |= kept
+        return folded
 
     def _group(
         self,
@@ -168,8 +250,11 @@ class PartQuantizer:
             if statistics is not None:
                 weights = [jnp.asarray(part[path]) for path in paths]
                 shared = prepare(method, fmt, weights, statistics)
+            raised = _damping_raised(shared, paths[0])
             for path in paths:
                 done[path] = self._one(path, part[path], statistics, shared)
+                if raised:
+                    self.entries[path]["damping_raised"] = raised
         return done
 
     def _final(self, part: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,7 +263,7 @@ class PartQuantizer:
         done = {}
         for path, w in part.items():
             rule = self._recipe.match(path, w.shape)
-            needs = frozenset[str]() if rule is None else needs_of(rule.method)
+            needs = frozenset[str]() if rule is None else uses_of(rule.method)
             statistics = self._stream.head(self._held(part), needs) if needs else None
             done[path] = self._one(path, w, statistics)
         return done
@@ -262,9 +347,7 @@ def quantize_parameter(
             f"{path}: is already quantized ({w.format.name}); quantize the original "
             "model instead"
         )
-    source = tensor_report(path, w)
-    count = source["nbytes"] // jnp.dtype(w.dtype).itemsize
-    base = {"parameters": count, "source_bytes": source["nbytes"]}
+    source, base = tensor_report(path, w), _source(path, w)
     if nonfinite != "raise" and (bad := count_nonfinite(w)):
         base["nonfinite"] = bad
     rule = recipe.match(path, w.shape)
@@ -279,7 +362,7 @@ def quantize_parameter(
         method, shared = RTN("mse"), None
         base["fallback"] = f"no calibration token reached it; {method.name} instead"
     options: dict[str, Any] = {"statistics": statistics, "shared": shared}
-    if not needs_of(method):
+    if not uses_of(method):
         options = {}
     axis = -1 if path in TABLES else -2
     try:
@@ -289,14 +372,39 @@ def quantize_parameter(
     except SpecError as error:
         text = str(error)
         raise SpecError(text if path in text else f"{path}: {text}") from None
-    made = {**tensor_report(path, q), "method": method.name, "error": 0.0}
-    if count:
-        made["error"] = float(_relative_error(jnp.asarray(w), q))
+    q = trim(q)
+    made = _entry(path, w, q, method.name)
     if statistics is not None and statistics.hessian is not None:
         made["output_error"] = float(
             _output_error(jnp.asarray(w), q, statistics.hessian)
         )
     return q, {**made, **base}
+
+
+def _source(path: str, w: Any) -> dict[str, Any]:
+    """What the report says of a tensor before it is quantized."""
+    nbytes = tensor_report(path, w)["nbytes"]
+    count = nbytes // jnp.dtype(w.dtype).itemsize
+    return {"parameters": count, "source_bytes": nbytes}
+
+
+def _entry(path: str, w: Any, q: Any, method: str) -> dict[str, Any]:
+    """What the report says of a quantized tensor."""
+    error = float(_relative_error(jnp.asarray(w), q)) if q.size else 0.0
+    if not np.isfinite(error):
+        raise NonFiniteError(
+            f"{path}: {method} gave weights that are NaN or infinite; expected finite "
+            "ones. Its Hessian may be singular: give more calibration text, raise "
+            "damp=, or take another method for this tensor"
+        )
+    return {**tensor_report(path, q), "method": method, "error": error}
+
+
+def _damping_raised(shared: Any, path: str) -> int:
+    """Times the damping of a Hessian was raised; an error if that did not help."""
+    parts = jax.tree.leaves(shared, is_leaf=lambda x: isinstance(x, Curvature))
+    found = [check_curvature(p, path) for p in parts if isinstance(p, Curvature)]
+    return max(found, default=0)
 
 
 @jax.jit

@@ -25,6 +25,7 @@ from qjax.converters.huggingface import open_checkpoint
 from qjax.errors import SpecError
 from qjax.formats import Format
 from qjax.methods import quantize as quantize
+from qjax.models.rotate import rotate_parts
 from qjax.parts import PartQuantizer
 from qjax.recipes import Recipe, load_recipe
 from qjax.reports import Progress as Progress
@@ -81,7 +82,8 @@ def quantize_model(
             progress=progress,
             mesh=mesh,
         )
-        for index, (layer, part) in enumerate(parts):
+        rotated = rotate_parts(config, parts, recipe.rotate)
+        for index, (layer, part) in enumerate(rotated):
             done = quantizer.part(layer, index == 0, part)
             params.update((path, hold(leaf, compute)) for path, leaf in done.items())
         entries.update(quantizer.entries)
@@ -170,7 +172,8 @@ def quantize_checkpoint(
         if tokens is not None:
             identity["calibration"] = hashlib.sha256(tokens.tobytes()).hexdigest()
         with ArtifactWriter(target, identity, overwrite=overwrite) as out:
-            for index, (layer, part) in enumerate(dense_parts(checkpoint)):
+            parts = rotate_parts(config, dense_parts(checkpoint), recipe.rotate)
+            for index, (layer, part) in enumerate(parts):
                 name = part_name(layer, index == 0)
                 if name in out.done:
                     with out.read(name) as packed:

@@ -42,6 +42,7 @@ from qjax.wrappers import (
     LowRank,
     Permuted,
     Rotated,
+    RoundedInputs,
     SplitInputs,
     Transposed,
     WithOutliers,
@@ -61,12 +62,15 @@ _CLASSES: dict[str, type] = {
         LowRank,
         Permuted,
         Rotated,
+        RoundedInputs,
         SplitInputs,
         Transposed,
         WithOutliers,
     )
 }
 _FLOATS = ("float32", "bfloat16", "float16")
+ACTIVATIONS = ("int8", "float8_e4m3fn")
+"""What activations can be rounded to."""
 
 
 def describe(name: str, leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -148,6 +152,12 @@ def _static(name: str, field: str, value: Any) -> Any:
     if field == "block":
         if type(value) is not int or value < 2 or value & (value - 1):
             raise FormatError(f"{name}: block {value!r} is not a power of two above 1")
+        return value
+    if field == "activation":
+        if value not in ACTIVATIONS:
+            raise FormatError(
+                f"{name}: activation {value!r} is not one of {ACTIVATIONS}"
+            )
         return value
     if value not in (*_FLOATS, "float64"):
         raise FormatError(f"{name}: dtype {value!r} is not a float dtype")

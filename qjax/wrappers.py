@@ -185,6 +185,23 @@ class SplitInputs(Wrapper):
 
 @pytree_node
 @dataclasses.dataclass(frozen=True, repr=False)
+class RoundedInputs(Wrapper):
+    """`w = base`, multiplied by activations that are rounded first (W8A8, W4A8).
+
+    Attributes:
+      activation: what one row of activations is rounded to, with a scale of its own:
+        `"int8"` or `"float8_e4m3fn"`; see `qjax.ops.matmul`.
+    """
+
+    activation: str = dataclasses.field(default="int8", metadata={"static": True})
+
+    def compose(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The base itself."""
+        return w
+
+
+@pytree_node
+@dataclasses.dataclass(frozen=True, repr=False)
 class LowRank(Wrapper):
     """`w = base + a b`: low-rank repair of the rounding error.
 

@@ -156,10 +156,9 @@ class BlockStream:
         run = functools.partial(_block, self.config, self._kind(layer), dict(dense))
         return self._each(run, self.x if self.r is None else self.r, {})
 
-    def block(self, layer: int) -> Callable[[Leaves, Array], Array]:
-        """The block as a function of its parameters and input, for tuning."""
-        kind = self._kind(layer)
-        return lambda leaves, x: _run(self.config, kind, leaves, x)[0]
+    def block(self, layer: int) -> Callable[[Leaves, Array, Leaves], Array]:
+        """The block as `(weights, x, rest)` to its output; one object per kind."""
+        return _block_function(self.config, self._kind(layer))
 
     def head(self, norm: Leaves, needs: frozenset[str]) -> Statistics:
         """Statistics of the head's input, behind the last norm."""
@@ -239,6 +238,11 @@ def _run(
     numbers = jax.tree.map(lambda a: a[0], layer_numbers(config, layer, layer + 1))
     (y, _), seen = capture(Block(config, leaves), x, where, numbers, given=known)
     return y, seen
+
+
+@functools.cache
+def _block_function(config: ModelConfig, layer: int) -> Any:
+    return lambda weights, x, rest: _run(config, layer, {**rest, **weights}, x)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

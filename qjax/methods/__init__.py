@@ -6,7 +6,9 @@ from qjax.methods.awq import AWQ as AWQ
 from qjax.methods.base import Method as Method
 from qjax.methods.base import method_from_dict as method_from_dict
 from qjax.methods.base import needs_of as needs_of
+from qjax.methods.base import nested as nested
 from qjax.methods.base import prepare as prepare
+from qjax.methods.base import uses_of as uses_of
 from qjax.methods.blockscales import tune_block_scales as tune_block_scales
 from qjax.methods.blockwise import BlockReport as BlockReport
 from qjax.methods.fisher import fisher_gradients as fisher_gradients
@@ -15,6 +17,7 @@ from qjax.methods.fold import fold_into_previous as fold_into_previous
 from qjax.methods.fused import explain as explain
 from qjax.methods.gptaq import GPTAQ as GPTAQ
 from qjax.methods.gptq import GPTQ as GPTQ
+from qjax.methods.hessian import Curvature as Curvature
 from qjax.methods.hessian import check_curvature as check_curvature
 from qjax.methods.hqq import HQQ as HQQ
 from qjax.methods.kmeans import Lloyd as Lloyd
@@ -25,6 +28,7 @@ from qjax.methods.llm_int8 import LLMInt8 as LLMInt8
 from qjax.methods.lowrank import LowRankRepair as LowRankRepair
 from qjax.methods.qronos import Qronos as Qronos
 from qjax.methods.rotation import Rotate as Rotate
+from qjax.methods.round_inputs import RoundInputs as RoundInputs
 from qjax.methods.rtn import RTN as RTN
 from qjax.methods.signround import SignRound as SignRound
 from qjax.methods.signround import tune_block as tune_block

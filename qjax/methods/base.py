@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -32,9 +32,13 @@ class Method(Described, abc.ABC):
       needs: fields of `Statistics` without which the method cannot run: any of
         `"square"` (which stands for all sums per feature), `"hessian"`, `"cross"` and
         `"gradient"`.
+      uses: fields that make it better where there is calibration, and are not needed.
+      eager: `prepare` reads values, so it runs outside of `jit`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    uses: ClassVar[frozenset[str]] = frozenset()
+    eager: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -116,9 +120,20 @@ class Method(Described, abc.ABC):
 
 def needs_of(method: Method) -> frozenset[str]:
     """Fields of `Statistics` that a method and the methods inside it need."""
-    inner = (getattr(method, f.name) for f in dataclasses.fields(method))
-    found = (needs_of(m) for m in inner if isinstance(m, Method))
-    return method.needs.union(*found)
+    return frozenset().union(*(m.needs for m in nested(method)))
+
+
+def uses_of(method: Method) -> frozenset[str]:
+    """Fields that they need or are better with."""
+    return frozenset().union(*(m.needs | m.uses for m in nested(method)))
+
+
+def nested(method: Method) -> Iterator[Method]:
+    """A method and those inside it, from the outside in."""
+    yield method
+    for field in dataclasses.fields(method):
+        if isinstance(inner := getattr(method, field.name), Method):
+            yield from nested(inner)
 
 
 def prepare(
@@ -128,6 +143,8 @@ def prepare(
     statistics: Statistics | None,
 ) -> Any:
     """`Method.prepare`, compiled once per method, format and shapes."""
+    if any(m.eager for m in nested(method)):
+        return method.prepare(weights, fmt, statistics)
     return _prepare(method, fmt, tuple(weights), statistics)
 
 

@@ -65,11 +65,14 @@ class Statistics:
             return jnp.zeros(shape, jnp.float32)
 
         return cls(
-            zeros(),
-            *(zeros(features) for _ in range(4)),
-            zeros(features, features) if hessian else None,
-            zeros(features, features) if cross else None,
-            zeros(*gradient) if gradient else None,
+            count=zeros(),
+            total=zeros(features),
+            size=zeros(features),
+            square=zeros(features),
+            peak=zeros(features),
+            hessian=zeros(features, features) if hessian else None,
+            cross=zeros(features, features) if cross else None,
+            gradient=zeros(*gradient) if gradient else None,
         )
 
     def add(

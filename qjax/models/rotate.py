@@ -16,7 +16,7 @@ Reference: Ashkboos et al., QuaRot, arXiv 2404.00456, section 4; Liu et al., Spi
 arXiv 2405.16406, section 3 (names R1 to R4).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -129,6 +129,39 @@ def rotate_params(
     if matrix is not None:
         last = rotate_final(config, last, matrix, first.get(EMBEDDING))
     return out | last
+
+
+def rotate_parts(
+    config: ModelConfig,
+    parts: Iterable[tuple[int | None, Mapping[str, Any]]],
+    seed: int | None,
+) -> Iterator[tuple[int | None, dict[str, Any]]]:
+    """Rotates a model part by part, as it streams; see `rotate_params`.
+
+    Args:
+      config: the architecture.
+      parts: layer index and dense parameters by path: embeddings, layers, the end.
+      seed: of the random rotations; None leaves every part as it is.
+
+    Yields:
+      The same parts, rotated.
+    """
+    if seed is None:
+        yield from ((layer, dict(part)) for layer, part in parts)
+        return
+    check_rotatable(config)
+    matrix = random_rotation(config.dim, seed)
+    embedding = None
+    for index, (layer, part) in enumerate(parts):
+        if layer is not None:
+            turn = head_rotation(config, seed, layer)
+            yield layer, rotate_layer(config, part, matrix, turn)
+        elif index == 0:
+            tied = config.tied and EMBEDDING in part
+            embedding = jnp.asarray(part[EMBEDDING]) if tied else None
+            yield layer, rotate_embeddings(config, part, matrix)
+        else:
+            yield layer, rotate_final(config, part, matrix, embedding)
 
 
 def rotate_embeddings(

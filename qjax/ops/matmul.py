@@ -42,6 +42,7 @@ from qjax.wrappers import (
     LowRank,
     Permuted,
     Rotated,
+    RoundedInputs,
     SplitInputs,
     Transposed,
     WithOutliers,
@@ -134,6 +135,8 @@ def explain(
     while isinstance(w, QuantizedTensor) and not isinstance(w, Packed):
         wrapped.append(type(w).__name__)
         transpose ^= isinstance(w, Transposed)
+        if isinstance(w, RoundedInputs):
+            activation = activation or w.activation
         w = w.base  # pyright: ignore[reportAttributeAccessIssue]
     via = f" inside {', '.join(wrapped)}" if wrapped else ""
     if not isinstance(w, QuantizedTensor):
@@ -200,6 +203,9 @@ def _apply(x, w: Any, transpose, how: How):
         )
     if isinstance(w, Transposed):
         return _apply(x, w.base, not transpose, how)
+    if isinstance(w, RoundedInputs):
+        rounded = how.activation or w.activation
+        return _apply(x, w.base, transpose, how._replace(activation=rounded))
     if isinstance(w, LowRank):
         y = _apply(x, w.base, transpose, how)
         first, second = (w.b.T, w.a.T) if transpose else (w.a, w.b)

@@ -37,6 +37,7 @@ from qjax.wrappers import (
     LowRank,
     Permuted,
     Rotated,
+    RoundedInputs,
     SplitInputs,
     Transposed,
     WithOutliers,
@@ -102,6 +103,7 @@ def wrapped(name: str, base, rng):
         "rotated-int8": lambda: Rotated(
             base, jnp.sign(vector() - 1.0).astype(jnp.int8)
         ),
+        "rounded-inputs": lambda: RoundedInputs(base),
         "split-inputs": lambda: SplitInputs(
             base, floats(3, COLS), jnp.full((LAYERS, 1), 1) * jnp.array([4, 40, ROWS])
         ),
