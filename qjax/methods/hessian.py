@@ -29,6 +29,10 @@ MAX_RETRIES = 8
 """Times the damping is multiplied by ten before giving up on a singular Hessian."""
 
 
+TILE = 256
+"""Rows and columns of the blocks that a large Hessian is factored in."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Curvature:
@@ -117,8 +121,9 @@ def damped(
     if tries is not None:
         extra = extra * jnp.power(10.0, tries.astype(jnp.float32))
     filled = jnp.where(total > 0, total / live, 1.0)
+    made = jnp.where(dead, filled, diagonal) + extra
     index = jnp.arange(h.shape[0])
-    return h.at[index, index].set(jnp.where(dead, filled, diagonal) + extra)
+    return h.at[index, index].set(made)
 
 
 def upper(
@@ -127,19 +132,72 @@ def upper(
     """Upper triangular `R` with `R R^T` the damped Hessian, and the tries it took."""
 
     def attempt(tries):
-        turned = damped(h, damp, tries)[::-1, ::-1]
-        return jax.lax.linalg.cholesky(turned, symmetrize_input=False)
+        return _cholesky(damped(h, damp, tries))
 
     def failed(state):
-        finite = jnp.isfinite(jnp.diagonal(state[0])).all()
-        return ~finite & (state[1] < MAX_RETRIES)
+        diagonal, tries = jnp.diagonal(state[0]), state[1]
+        return (tries < 0) | (~jnp.isfinite(diagonal).all() & (tries < MAX_RETRIES))
 
     def again(state):
         return attempt(state[1] + 1), state[1] + 1
 
-    start = jnp.zeros((), jnp.int32)
-    r, tries = jax.lax.while_loop(failed, again, (attempt(start), start))
-    return r[::-1, ::-1], tries
+    # The first attempt is one of the loop, so that one array is factored in place.
+    start = jnp.full((), -1, jnp.int32)
+    r, tries = jax.lax.while_loop(failed, again, (jnp.zeros_like(h), start))
+    # What is below the diagonal is left over from H. The mask is made outside of the
+    # loop, which would keep it in memory.
+    row = jax.lax.broadcasted_iota(jnp.int32, h.shape, 0)
+    column = jax.lax.broadcasted_iota(jnp.int32, h.shape, 1)
+    return jnp.where(row <= column, r, 0.0), tries
+
+
+def _cholesky(h):
+    """Upper `R` with `R R^T = H`; large matrices block by block, in the array of `h`,
+    of which the part below the diagonal stays.
+
+    From the last block column to the first, with the columns behind it known:
+
+        R_kk = chol(H_kk - sum_l R_kl R_kl^T),
+        R_ik = (H_ik - sum_l R_il R_kl^T) R_kk^-T   for i < k, l > k.
+    """
+    size = h.shape[0]
+    if size <= 2 * TILE or size % TILE:
+        return _reversed(h)
+    count = size // TILE
+
+    def tile(h, i, j):
+        return jax.lax.dynamic_slice(h, (i * TILE, j * TILE), (TILE, TILE))
+
+    def put(h, new, i, j):
+        return jax.lax.dynamic_update_slice(h, new, (i * TILE, j * TILE))
+
+    def reduced(h, i, k):
+        def less(j, left):
+            product = jnp.matmul(tile(h, i, j), tile(h, k, j).T, precision="highest")
+            return left - product
+
+        return jax.lax.fori_loop(k + 1, count, less, tile(h, i, k))
+
+    def column(step, h):
+        k = count - 1 - step
+        own = _reversed(reduced(h, k, k))
+        h = put(h, own, k, k)
+        eye = jnp.eye(TILE, dtype=h.dtype)
+        inverse = jax.lax.linalg.triangular_solve(own, eye, left_side=True, lower=False)
+
+        def row(i, h):
+            solved = jnp.matmul(reduced(h, i, k), inverse.T, precision="highest")
+            return put(h, solved, i, k)
+
+        return jax.lax.fori_loop(0, k, row, h)
+
+    return jax.lax.fori_loop(0, count, column, h)
+
+
+def _reversed(h):
+    """Upper `R` with `R R^T = H` from a library that has the lower one."""
+    turned = jax.lax.linalg.cholesky(h[::-1, ::-1], symmetrize_input=False)
+    return turned[::-1, ::-1]
 
 
 def check_curvature(shared: Curvature, name: str) -> int:
