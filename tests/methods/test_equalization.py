@@ -110,7 +110,7 @@ def test_scales_are_those_of_autoawq(duo):
     x, w = data()
     more = data(7)[1]
     weights = [m.T.astype(np.float64) for m in (w, more)]
-    want = autoawq_scale(x.astype(np.float64), weights, 3, GROUP, GRID, duo)
+    want: Any = autoawq_scale(x.astype(np.float64), weights, 3, GROUP, GRID, duo)
     method = AWQ(RTN(), grid=GRID, duo=duo, dtype="float32")
     shared = jax.jit(lambda a, b, s: method.prepare([a, b], FMT, s))(w, more, known(x))
     np.testing.assert_allclose(1 / np.asarray(shared.t), want, rtol=2e-4)
