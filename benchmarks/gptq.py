@@ -73,8 +73,8 @@ def main() -> None:
     held = w.nbytes + h.nbytes
     for name, program in (("factor", prepare), ("rounding", solve)):
         size = planned(program)
-        print(f"  {name:<10} weight + Hessian {held / 1e6:.0f} MB, more {size / 1e6:.0f}"
-              f" MB ({size / held:.0%})")  # fmt: skip
+        share = f"{size / 1e6:.0f} MB ({size / held:.0%})"
+        print(f"  {name:<10} weight + Hessian {held / 1e6:.0f} MB, more {share}")
     if options.skip_reference:
         return
     start = time.perf_counter()

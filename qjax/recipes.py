@@ -289,8 +289,9 @@ def preset(name: str) -> Recipe:
         return _keep_ends(fmt, method, name)
     near = difflib.get_close_matches(name, [*PRESETS, *BEST], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
+    known = _known({**PRESETS, **BEST})
     raise SpecError(
-        f"unknown recipe {name!r}: {hint}{_known({**PRESETS, **BEST})}, any METHOD-intB-gG with "
+        f"unknown recipe {name!r}: {hint}{known}, any METHOD-intB-gG with "
         f"METHOD one of {', '.join(_METHODS)}, or the path of a JSON recipe"
     )
 

@@ -38,6 +38,7 @@ from qjax.tensor import (
 )
 from qjax.trellis import Incoherent, TrellisTensor, sign_bytes
 from qjax.wrappers import (
+    ACTIVATIONS,
     InputScaled,
     LowRank,
     Permuted,
@@ -69,8 +70,6 @@ _CLASSES: dict[str, type] = {
     )
 }
 _FLOATS = ("float32", "bfloat16", "float16")
-ACTIVATIONS = ("int8", "float8_e4m3fn")
-"""What activations can be rounded to."""
 
 
 def describe(name: str, leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:

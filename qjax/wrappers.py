@@ -19,6 +19,9 @@ from jaxtyping import Array, Float
 from qjax.errors import SpecError
 from qjax.tensor import QuantizedTensor, pytree_node
 
+ACTIVATIONS = ("int8", "float8_e4m3fn")
+"""What activations can be rounded to."""
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Wrapper(QuantizedTensor):

@@ -19,9 +19,8 @@ from qjax.formats.base import check_choice
 from qjax.methods.base import Method
 from qjax.methods.rtn import RTN
 from qjax.methods.statistics import Statistics
-from qjax.specs import ACTIVATIONS
 from qjax.tensor import QuantizedTensor
-from qjax.wrappers import RoundedInputs
+from qjax.wrappers import ACTIVATIONS, RoundedInputs
 
 
 @dataclasses.dataclass(frozen=True)
