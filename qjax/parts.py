@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.artifact import part_name, tensor_report
+from qjax.artifact import tensor_report
 from qjax.calibration import BlockStream
 from qjax.checkpoint import hold
 from qjax.errors import NonFiniteError, SpecError
@@ -119,7 +119,6 @@ class PartQuantizer:
         else:
             done = self._final(part)
         self.follow(layer, first, done, part)
-        self.step(part_name(layer, first))
         return done
 
     def follow(

@@ -85,6 +85,7 @@ def quantize_model(
         rotated = rotate_parts(config, parts, recipe.rotate)
         for index, (layer, part) in enumerate(rotated):
             done = quantizer.part(layer, index == 0, part)
+            quantizer.step(part_name(layer, index == 0))
             params.update((path, hold(leaf, compute)) for path, leaf in done.items())
         entries.update(quantizer.entries)
         return quantizer.report(entries)
@@ -180,9 +181,9 @@ def quantize_checkpoint(
                         quantizer.follow(layer, index == 0, packed, part)
                     quantizer.step(name, resumed=True)
                     continue
-                out.write(
-                    name, quantizer.part(layer, index == 0, part), quantizer.entries
-                )
+                done = quantizer.part(layer, index == 0, part)
+                out.write(name, done, quantizer.entries)
+                quantizer.step(name)
             report = quantizer.report(dict(out.reports()))
             header = {
                 "recipe": recipe.to_dict(),
