@@ -11,7 +11,8 @@ Invariants, for a tensor of logical shape `[*lead, in, out]`:
 * `AffineTensor`: `w = (code - zero) * scale`;
 * `CodebookTensor`: `w = table[code] * scale + offset`, absent leaves being 1 and 0;
 * `MinifloatTensor`: `w = float(code) * (scale / global_scale)`, absent leaves being 1;
-* `scale` is an array or itself a `QuantizedTensor` (double quantization);
+* `scale` is an array or itself a `QuantizedTensor` (double quantization); so is `zero`,
+  if `scale` is;
 * the "flat" layout (bitsandbytes blocks that do not divide `in`) stores the row-major
   transpose as one column: codes `[*lead, packed(in * out), 1]`.
 
@@ -200,7 +201,7 @@ class AffineTensor(LayoutTensor):
       codes: uint8 `[*lead, packed(in), out]`, or int8 `[*lead, in, out]` (8-bit
         symmetric).
       scale: `[*lead, s, t]`, one per group (see `Grouping.scale_shape`), or nested.
-      zero: like `scale`, in code units; None when symmetric.
+      zero: like `scale`, in code units, nested or not; None when symmetric.
       format: the `Int` format.
       matrix: logical `(in, out)`.
       dtype: logical dtype name.
@@ -218,7 +219,7 @@ class AffineTensor(LayoutTensor):
         group = self.grouping
         values = group.split(self.format.decode(self.unpacked()))
         if self.zero is not None:
-            values = values - group.load(self.zero.astype(jnp.float32))
+            values = values - group.load(load_zero(self.zero))
         values = group.join(values * group.load(self.scales()))
         return values.astype(dtype or self.dtype)
 
@@ -331,6 +332,9 @@ def dequantize(q: QuantizedTensor, dtype: Any = None) -> Float[Array, "..."]:
 
 def with_dtype(q: QuantizedTensor, dtype: str) -> QuantizedTensor:
     """The same codes with another logical dtype (what `dequantize()` returns)."""
+    base: Any = getattr(q, "base", None)
+    if base is not None:  # a wrapper: its dtype is that of what it wraps
+        return dataclasses.replace(q, base=with_dtype(base, dtype))  # pyright: ignore[reportArgumentType, reportCallIssue]
     return dataclasses.replace(q, dtype=dtype)  # pyright: ignore[reportArgumentType]
 
 
@@ -341,6 +345,13 @@ def load_scale(scale: Any) -> Float[Array, "*lead s t"]:
     if scale.dtype == jnp.uint8:
         return decode_e8m0(scale)
     return scale.astype(jnp.float32)
+
+
+def load_zero(zero: Any) -> Float[Array, "*lead s t"]:
+    """Float32 value of a stored zero-point: nested, integer codes or float."""
+    if isinstance(zero, QuantizedTensor):
+        return zero.dequantize(jnp.float32)
+    return zero.astype(jnp.float32)
 
 
 def assemble(

@@ -14,3 +14,4 @@ from qjax.formats.minifloat import MXFP4 as MXFP4
 from qjax.formats.minifloat import MXFP8 as MXFP8
 from qjax.formats.minifloat import NVFP4 as NVFP4
 from qjax.formats.minifloat import Cast as Cast
+from qjax.formats.trellis import Trellis as Trellis

@@ -17,11 +17,13 @@ from jaxtyping import Array
 import qjax.pallas_kernels.device as device
 from qjax.additive import AdditiveTensor
 from qjax.errors import NonFiniteError, SpecError
-from qjax.formats import Additive, Format, Int, KMeans
+from qjax.formats import Additive, Format, Int, KMeans, Trellis
 from qjax.formats.base import check_choice
+from qjax.formats.trellis import TILE
 from qjax.methods.base import Method
 from qjax.methods.rtn import RTN
 from qjax.methods.statistics import Statistics
+from qjax.methods.trellis import TrellisLDLQ
 from qjax.scales import nvfp4_divisor, store_scale
 from qjax.tensor import (
     LayoutTensor,
@@ -29,6 +31,7 @@ from qjax.tensor import (
     assemble,
     with_dtype,
 )
+from qjax.trellis import TrellisTensor
 from qjax.wrappers import Transposed
 
 NONFINITE = ("raise", "zero", "clip")
@@ -52,7 +55,7 @@ def quantize(
     Args:
       w: float array, NumPy or JAX, rank >= 2. Leading axes are batched.
       fmt: the number format.
-      method: how codes are chosen; default `RTN()`.
+      method: how codes are chosen; default `RTN()`, for a trellis `TrellisLDLQ()`.
       axis: the contraction axis, -2 (kernels) or -1. With -1 (embedding tables
         `[vocab, dim]`, torch weights `[out, in]`) the result is `Transposed`.
       importance: non-negative error weights broadcastable to `w`.
@@ -110,7 +113,7 @@ def quantize(
         q = _quantize(
             w,
             fmt,
-            method or RTN(),
+            method or (TrellisLDLQ() if isinstance(fmt, Trellis) else RTN()),
             importance,
             key,
             statistics,
@@ -184,6 +187,10 @@ def _empty(shape, fmt: Format) -> LayoutTensor:
     """A tensor with a zero-sized axis: no weights, unit scales, nothing to choose."""
     matrix = (shape[-2], shape[-1])
     lead = shape[:-2]
+    if isinstance(fmt, Trellis):
+        words = (*lead, matrix[0] // TILE, matrix[1] * fmt.bits)
+        one = jnp.ones((*lead, 1, 1), jnp.float32)
+        return TrellisTensor(jnp.zeros(words, jnp.uint16), one, fmt, matrix)
     if isinstance(fmt, Additive) or (isinstance(fmt, KMeans) and fmt.columnwise):
         return _empty_tables(shape, fmt)
     codes = fmt.encode(jnp.zeros(shape, jnp.float32))

@@ -3,7 +3,8 @@
 A block of rows (`in`) or columns (`out`) of a `LayoutTensor` is a `LayoutTensor` of the
 same format with slices of the same leaves, so whatever works on a weight works on a
 block, and no dense weight larger than a block ever exists. Cuts fall between packing
-units and between groups; the flat layout can only be cut along `out`.
+units and between groups; the flat layout can only be cut along `out`, and a trellis
+between tiles.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, Shaped
 
 from qjax.additive import AdditiveTensor, decode_additive
 from qjax.formats.kmeans import lookup
+from qjax.formats.trellis import TILE
 from qjax.packing import packed_rows, row_multiple
 from qjax.tensor import (
     AffineTensor,
@@ -25,7 +27,9 @@ from qjax.tensor import (
     LayoutTensor,
     QuantizedTensor,
     load_scale,
+    load_zero,
 )
+from qjax.trellis import TrellisTensor
 
 Axis = Literal["in", "out"]
 Window = tuple[int, Any, int]
@@ -39,10 +43,12 @@ def replaced(q: Any, **fields: Any) -> Any:
 
 
 def materialize_scale(q: LayoutTensor) -> LayoutTensor:
-    """Decodes a nested (doubly quantized) scale to float32; costs one scale array."""
-    if isinstance(q.scale, QuantizedTensor):
-        return replaced(q, scale=load_scale(gathered(q.scale)))
-    return q
+    """Decodes nested scales and zero-points to float32; costs one scale array each."""
+    if not isinstance(q.scale, QuantizedTensor):
+        return q
+    if isinstance(getattr(q, "zero", None), QuantizedTensor):
+        q = replaced(q, zero=load_zero(gathered(q.zero)))  # pyright: ignore[reportAttributeAccessIssue]
+    return replaced(q, scale=load_scale(gathered(q.scale)))
 
 
 def gathered(tree: Any) -> Any:
@@ -80,6 +86,8 @@ def zeros_like_sum(shape: tuple[int, ...], dtype: Any, *terms: Array) -> Array:
 def cut_step(q: LayoutTensor, axis: Axis) -> int | None:
     """Multiple at which `q` can be cut along `axis`; None when it cannot be cut."""
     group = q.grouping
+    if isinstance(q, TrellisTensor):
+        return TILE
     if isinstance(q, AdditiveTensor):
         return q.format.group if axis == "in" else 1
     unit = row_multiple(q.format.code_bits) if q.format.code_bits < 8 else 1
@@ -104,6 +112,10 @@ def windows(q: LayoutTensor, axis: Axis, start: Any, size: int) -> dict[str, Win
       Field name to window; fields that a block shares with the whole are absent.
     """
     group, bits = q.grouping, min(q.format.code_bits, 8)
+    if isinstance(q, TrellisTensor):
+        if axis == "in":
+            return {"codes": (0, start // TILE, size // TILE)}
+        return {"codes": (1, start * bits, size * bits)}
     if isinstance(q, AdditiveTensor) and axis == "in":
         per, vector = q.format.codebooks, q.format.group
         return {"codes": (0, start // vector * per, size // vector * per)}
@@ -174,7 +186,7 @@ def decode(q: LayoutTensor) -> Float[Array, "in out"]:
     group = q.grouping
     values = group.split(values)
     if isinstance(q, AffineTensor) and q.zero is not None:
-        values = values - group.load(q.zero.astype(jnp.float32))
+        values = values - group.load(load_zero(q.zero))
     values = group.join(values * group.load(q.scales()))
     offset = getattr(q, "offset", None)
     return values if offset is None else values + offset

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from qjax.additive import AdditiveTensor
 from qjax.errors import SpecError, UnsupportedError
+from qjax.formats.trellis import TILE
 from qjax.ops.blocks import (
     code_values,
     cut_leaf,
@@ -26,11 +27,13 @@ from qjax.ops.blocks import (
 )
 from qjax.packing import row_multiple, unpack
 from qjax.tensor import LayoutTensor, QuantizedTensor
+from qjax.trellis import Incoherent, TrellisTensor
 from qjax.wrappers import (
     InputScaled,
     LowRank,
     Permuted,
     Rotated,
+    SplitInputs,
     Transposed,
     hadamard,
 )
@@ -97,8 +100,18 @@ def _rows(w, ids, transpose):
         if transpose:
             return jnp.take(_rows(w.base, ids, True), inverse, axis=-1)
         return _rows(w.base, inverse[ids], False)
+    if isinstance(w, SplitInputs):
+        base, rows = _rows(w.base, ids, transpose), w.rows.astype(jnp.float32)
+        if transpose:
+            return base.at[:, w.index].set(rows[:, ids].T, mode="drop")
+        own = ids[:, None] == w.index[None, :]
+        found = jnp.any(own, axis=1, keepdims=True)
+        return jnp.where(found, own.astype(jnp.float32) @ rows, base)
     if isinstance(w, Rotated) and transpose:
         return hadamard(_rows(w.base, ids, True)) * w.signs.astype(jnp.float32)
+    if isinstance(w, Incoherent) and w.right is None and transpose:
+        rows = _rows(w.base, ids, True)
+        return rows if w.left is None else hadamard(rows, w.block) * w.factors("left")
     raise UnsupportedError(
         f"embed: cannot gather rows through {type(w).__name__}; use "
         "embed(ids, table.dequantize())"
@@ -107,6 +120,9 @@ def _rows(w, ids, transpose):
 
 def _column(q: LayoutTensor, i) -> Float[Array, " in"]:
     """Column `i` of the matrix."""
+    if isinstance(q, TrellisTensor):
+        tiles = decode(take(q, "out", i // TILE * TILE, TILE))
+        return lax.dynamic_index_in_dim(tiles, i % TILE, 1, keepdims=False)
     if isinstance(q, AdditiveTensor):
         return decode(take(q, "out", i, 1))[:, 0]
     rows, bits = q.matrix[0], q.format.code_bits
@@ -124,7 +140,10 @@ def _column(q: LayoutTensor, i) -> Float[Array, " in"]:
 
 
 def _row(q: LayoutTensor, i) -> Float[Array, " out"]:
-    """Row `i`, from the packing unit or the vectors that hold it."""
+    """Row `i`, from the packing unit, tile or vectors that hold it."""
+    if isinstance(q, TrellisTensor):
+        tiles = decode(take(q, "in", i // TILE * TILE, TILE))
+        return lax.dynamic_index_in_dim(tiles, i % TILE, 0, keepdims=False)
     if isinstance(q, AdditiveTensor):
         group = q.format.group
         rows = decode(take(q, "in", i // group * group, group))

@@ -26,6 +26,7 @@ from qjax.formats import Additive, Cast, Format, Int
 from qjax.formats.codebook import TableFormat
 from qjax.formats.kmeans import KMeans
 from qjax.formats.minifloat import Minifloat
+from qjax.formats.trellis import Trellis
 from qjax.ops.partition import on_one, partitioned
 from qjax.pallas_kernels.weights import KernelError, Weight, WeightSpec
 from qjax.tensor import LayoutTensor, QuantizedTensor
@@ -68,6 +69,8 @@ def format_spec(fmt: Format, matrix: tuple[int, int]) -> WeightSpec | str:
     group = fmt.grouping(matrix)
     if isinstance(fmt, Cast):
         return "it is a plain cast, which XLA multiplies by"
+    if isinstance(fmt, Trellis):
+        return "no kernel walks a trellis"
     if isinstance(fmt, Additive):
         return "its codes index vectors, which kernels do not look up"
     if isinstance(fmt, KMeans) and fmt.columnwise:

@@ -23,6 +23,7 @@ from qjax.additive import AdditiveTensor
 from qjax.ops.blocks import code_values, cut_leaf, scale_values, zeros_like_sum
 from qjax.packing import row_multiple, unpack_rows
 from qjax.tensor import AffineTensor, CodebookTensor, LayoutTensor
+from qjax.trellis import TrellisTensor
 
 MAX_ROWS = 4
 MAX_TABLE_ROWS = 2
@@ -37,6 +38,8 @@ def obstacle(rows: int, q: LayoutTensor, transpose: bool) -> str | None:
     """Why `matvec` cannot compute this product, or None when it can."""
     if transpose:
         return "the product is with the transpose"
+    if isinstance(q, TrellisTensor):
+        return "its weights are walks through a trellis, not codes"
     if isinstance(q, AdditiveTensor):
         return "its codes index vectors"
     table = isinstance(q, CodebookTensor)

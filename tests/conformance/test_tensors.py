@@ -37,6 +37,8 @@ from qjax.wrappers import (
     LowRank,
     Permuted,
     Rotated,
+    RoundedInputs,
+    SplitInputs,
     Transposed,
     WithOutliers,
 )
@@ -98,6 +100,13 @@ def wrapped(name: str, base, rng):
         "permuted": lambda: Permuted(base, perm.astype(jnp.int32)),
         "input-scaled": lambda: InputScaled(base, vector()),
         "rotated": lambda: Rotated(base, jnp.sign(vector() - 1.0)),
+        "rotated-int8": lambda: Rotated(
+            base, jnp.sign(vector() - 1.0).astype(jnp.int8)
+        ),
+        "rounded-inputs": lambda: RoundedInputs(base),
+        "split-inputs": lambda: SplitInputs(
+            base, floats(3, COLS), jnp.full((LAYERS, 1), 1) * jnp.array([4, 40, ROWS])
+        ),
         "outliers": lambda: WithOutliers(base, floats(5), index(ROWS), index(COLS)),
         "low-rank": lambda: LowRank(base, floats(ROWS, 2), floats(2, COLS)),
         "scaled-permuted": lambda: InputScaled(
@@ -111,6 +120,8 @@ WRAPPERS = (
     "permuted",
     "input-scaled",
     "rotated",
+    "rotated-int8",
+    "split-inputs",
     "outliers",
     "low-rank",
     "scaled-permuted",
@@ -151,7 +162,7 @@ def same(a, b) -> None:
 
 def agree(name: str, got, want: np.ndarray) -> None:
     """Equal bit for bit, except where wrappers add products (order, contraction)."""
-    if name in ("rotated", "low-rank", "outliers"):
+    if name in ("rotated", "rotated-int8", "low-rank", "outliers"):
         np.testing.assert_allclose(np.asarray(got), want, rtol=1e-4, atol=1e-5)
     else:
         np.testing.assert_array_equal(np.asarray(got), want)

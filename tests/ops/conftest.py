@@ -25,6 +25,7 @@ from qjax.wrappers import (
     LowRank,
     Permuted,
     Rotated,
+    SplitInputs,
     Transposed,
     WithOutliers,
 )
@@ -118,6 +119,8 @@ def wrap(q):
         "permuted": Permuted(q, perm),
         "scaled": InputScaled(q, scale),
         "rotated": Rotated(q, signs),
+        "rotated-int8": Rotated(q, signs.astype(jnp.int8)),
+        "split": SplitInputs(q, random((3, cols), 7), jnp.array([5, rows, 17])),
         "low-rank": LowRank(q, random((rows, 3), 4), random((3, cols), 5)),
         "outliers": WithOutliers(q, random((30,), 6), *at),
         "outliers-of-permuted-of-scaled": WithOutliers(
