@@ -85,6 +85,11 @@ class Lloyd(Method):
         return frozenset((*named, "hessian") if self.feedback else named)
 
     @property
+    def uses(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Mean squares of inputs, for `auto`."""
+        return frozenset({"square"} if self.weighting == "auto" else ())
+
+    @property
     def name(self) -> str:
         """`lloyd`, with `-feedback` and `-sparse`."""
         parts = ["lloyd"]

@@ -265,6 +265,7 @@ def test_description_round_trips():
     assert method.needs == {"gradient", "hessian"}
     assert method.name == "lloyd-feedback-sparse"
     assert Lloyd().needs == frozenset()
+    assert Lloyd().uses == {"square"}
 
 
 def test_messages():
