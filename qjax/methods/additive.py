@@ -27,10 +27,9 @@ from qjax.additive import AdditiveTensor, decode_additive
 from qjax.errors import SpecError
 from qjax.formats import Additive, Format
 from qjax.methods.base import Method
-from qjax.methods.hessian import factor
+from qjax.methods.hessian import damped, factor
 from qjax.methods.statistics import Statistics
 from qjax.methods.sweeps import (
-    damped,
     descent,
     diagonal_blocks,
     output_error,

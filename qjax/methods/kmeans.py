@@ -26,10 +26,9 @@ from qjax.errors import SpecError
 from qjax.formats import Format, KMeans
 from qjax.formats.base import check_choice
 from qjax.methods.base import Method
-from qjax.methods.hessian import factor
+from qjax.methods.hessian import damped, factor
 from qjax.methods.sparse import beyond_quartiles, largest, with_outliers
 from qjax.methods.statistics import Statistics
-from qjax.methods.sweeps import damped
 from qjax.methods.tables import fit, fit_hessian
 from qjax.tensor import QuantizedTensor, assemble
 

@@ -11,8 +11,8 @@ from qjax.errors import SpecError
 from qjax.formats import Int, KMeans
 from qjax.methods import RTN, Lloyd, Statistics, method_from_dict, quantize
 from qjax.methods.clusters import fit_tables
-from qjax.methods.hessian import factor
-from qjax.methods.sweeps import damped, descent, refit, sweep
+from qjax.methods.hessian import damped, factor
+from qjax.methods.sweeps import descent, refit, sweep
 
 tables = jax.jit(fit_tables, static_argnums=(2, 3))
 
