@@ -27,22 +27,17 @@ from qjax.additive import AdditiveTensor, decode_additive
 from qjax.errors import SpecError
 from qjax.formats import Additive, Format
 from qjax.methods.base import Method
-from qjax.methods.hessian import factor
+from qjax.methods.hessian import damped, factor
 from qjax.methods.statistics import Statistics
 from qjax.methods.sweeps import (
-    damped,
     descent,
     diagonal_blocks,
     output_error,
     refit,
     sweep,
 )
+from qjax.methods.vectors import DISTANCES, kmeans, nearest_vector
 from qjax.tensor import QuantizedTensor
-
-DISTANCES = 1 << 22
-"""Distances to vectors held at a time: 16 MB."""
-SAMPLES = 64
-"""Vectors per centre that k-means looks at."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,13 +145,14 @@ class _Fit:
         size = jnp.sqrt(jnp.mean(w * w, axis=0, keepdims=True))
         scale = _stored(jnp.where(size > 0, size, 1.0), fmt.scale_dtype)
         books, codes = self._start(scale)
+        first = (self._error(codes, books, scale), (codes, books, scale))
         eye = jnp.eye(w.shape[0], dtype=w.dtype)
         own = diagonal_blocks(self.h, fmt.group)
         codes = self._codes(
             w, m - eye, self._feedback_metric(m, own), *(codes, books, scale)
         )
         state = (codes, books, scale)
-        best = (self._error(*state), state)
+        best = _less((self._error(*state), state), first)
         back, metric = descent(self.h, fmt.group), jnp.linalg.cholesky(own)
 
         def turn(_, carry):
@@ -165,9 +161,7 @@ class _Fit:
             v = decode_additive(codes, books, scale)
             codes = self._codes(v, back, metric, codes, books, scale)
             new = (self._error(codes, books, scale), (codes, books, scale))
-            less = new[0] < best[0]
-            best = jax.tree.map(lambda a, b: jnp.where(less, a, b), new, best)
-            return best, new[1]
+            return _less(new, best), new[1]
 
         rounds = self.method.rounds
         return jax.lax.fori_loop(0, rounds, turn, (best, state))[0][1]
@@ -196,9 +190,9 @@ class _Fit:
         weight = (size[:, None] * jnp.square(scale)).reshape(-1)
         books, codes = [], []
         for _ in range(fmt.codebooks):
-            book = _kmeans(rest, weight, fmt.levels, self.method.iterations)
+            book = kmeans(rest, weight, fmt.levels, self.method.iterations)
             book = _stored(book, fmt.table_dtype)
-            code = _assign(rest, book)
+            code = nearest_vector(rest, book)
             rest = rest - book[code]
             books.append(book)
             codes.append(code.reshape(rows // fmt.group, cols))
@@ -238,6 +232,11 @@ class _Fit:
         fitted = top / jnp.where(bottom > 0, bottom, 1.0)
         fitted = jnp.where((bottom > 0) & (fitted > 0), fitted, scale)
         return books, _stored(fitted, fmt.scale_dtype)
+
+
+def _less(new, best):
+    """Of two `(error, state)` the new one if its error is less."""
+    return jax.tree.map(lambda a, b: jnp.where(new[0] < best[0], a, b), new, best)
 
 
 def _stored(x: Array, dtype: str) -> Array:
@@ -281,33 +280,3 @@ def _search(
 
     width = min(max(DISTANCES // (beam * levels), 1), goal.shape[1])
     return jax.lax.map(one, (goal.T, current.T), batch_size=width).T
-
-
-def _assign(x: Float[Array, "n g"], book: Float[Array, "levels g"]) -> Int[Array, " n"]:
-    """Index of the nearest vector."""
-    norms = jnp.sum(jnp.square(book), axis=-1)
-
-    def one(v):
-        near = norms - 2.0 * jnp.matmul(book, v, precision="highest")
-        return jnp.argmin(near).astype(jnp.int32)
-
-    width = min(max(DISTANCES // book.shape[0], 1), x.shape[0])
-    return jax.lax.map(one, x, batch_size=width)
-
-
-def _kmeans(
-    x: Float[Array, "n g"], weight: Float[Array, " n"], levels: int, iterations: int
-) -> Float[Array, "levels g"]:
-    """Centres of a sample of vectors by Lloyd's iterations, deterministic."""
-    order = jax.random.permutation(jax.random.key(0), x.shape[0])
-    order = order[: levels * SAMPLES]
-    x, weight = x[order], weight[order] + 1e-12
-    start = x[jnp.arange(levels) % x.shape[0]]
-
-    def step(_, book):
-        code = _assign(x, book)
-        mass = jax.ops.segment_sum(weight, code, levels)[:, None]
-        total = jax.ops.segment_sum(x * weight[:, None], code, levels)
-        return jnp.where(mass > 0, total / jnp.where(mass > 0, mass, 1.0), book)
-
-    return jax.lax.fori_loop(0, iterations, step, start)

@@ -26,10 +26,9 @@ from qjax.errors import SpecError
 from qjax.formats import Format, KMeans
 from qjax.formats.base import check_choice
 from qjax.methods.base import Method
-from qjax.methods.hessian import factor
+from qjax.methods.hessian import damped, factor
 from qjax.methods.sparse import beyond_quartiles, largest, with_outliers
 from qjax.methods.statistics import Statistics
-from qjax.methods.sweeps import damped
 from qjax.methods.tables import fit, fit_hessian
 from qjax.tensor import QuantizedTensor, assemble
 
@@ -83,6 +82,11 @@ class Lloyd(Method):
         """The Hessian for `feedback`, and what `weighting` names."""
         named = () if self.weighting in ("auto", "none") else (self.weighting,)
         return frozenset((*named, "hessian") if self.feedback else named)
+
+    @property
+    def uses(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Mean squares of inputs, for `auto`."""
+        return frozenset({"square"} if self.weighting == "auto" else ())
 
     @property
     def name(self) -> str:

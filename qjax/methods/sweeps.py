@@ -29,17 +29,6 @@ Choose = Callable[[Any, Array], tuple[Array, Array]]
 """`(unit, target [rows, out])` to the unit's codes and its value `[rows, out]`."""
 
 
-def damped(h: Float[Array, "in in"], damp: float) -> Float[Array, "in in"]:
-    """`H + damp * mean(diag H) I`; inputs that never fire get the mean diagonal."""
-    diagonal = jnp.diagonal(h)
-    live = diagonal > 0
-    mean = jnp.mean(jnp.where(live, diagonal, 0.0))
-    mean = jnp.where(mean > 0, mean, 1.0)
-    index = jnp.arange(h.shape[0])
-    own = jnp.where(live, diagonal, mean) + damp * mean
-    return h.at[index, index].set(own)
-
-
 def output_error(
     e: Float[Array, "in out"], h: Float[Array, "in in"]
 ) -> Float[Array, " out"]:

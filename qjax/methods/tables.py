@@ -49,7 +49,8 @@ class Grid(NamedTuple):
         """Nearest codes."""
         if self.scale is None:
             return nearest(w, self.table)
-        return nearest(w / self.rows(w, group), self.table)
+        scale = self.rows(w, group)  # 0 in groups of zeros
+        return nearest(w / jnp.where(scale > 0, scale, 1.0), self.table)
 
 
 def fit(
@@ -73,11 +74,10 @@ def stored_table(table: Array, fmt: KMeans) -> Array:
 
 
 def _stored(table: Array, scale: Array, fmt: KMeans) -> Grid:
-    """A grid whose table ends at 1 and whose scales are rounded, and positive."""
+    """A grid whose table ends at 1 and whose scales are rounded."""
     top = jnp.max(jnp.abs(table))
     top = jnp.where(top > 0, top, 1.0)
-    effective = store_scale(fmt, scale * top)[1]
-    return Grid(table / top, jnp.where(effective > 0, effective, 1.0))
+    return Grid(table / top, store_scale(fmt, scale * top)[1])
 
 
 def _fit_shared(w, weight, fmt: KMeans, iterations) -> Grid:
@@ -179,9 +179,11 @@ def fit_hessian(
         codes, _ = sweep(w, values, back, choose(grid))
         return better(best, grid, codes), grid, codes
 
-    codes, _ = sweep(w, w, m - eye, choose(grid))
+    codes = grid.codes(w, fmt.group)
     shape = () if fmt.group is not None else (w.shape[1],)
     first = (jnp.full(shape, jnp.inf, jnp.float32), grid, codes)
+    first = better(first, grid, codes)  # what feedback has to beat
+    codes, _ = sweep(w, w, m - eye, choose(grid))
     state = (better(first, grid, codes), grid, codes)
     best, _, _ = jax.lax.fori_loop(0, rounds, turn, state)
     return best[1], best[2]
