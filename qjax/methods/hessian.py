@@ -152,8 +152,9 @@ def upper(
 
 
 def _cholesky(h):
-    """Upper `R` with `R R^T = H`; large matrices block by block, in the array of `h`,
-    of which the part below the diagonal stays.
+    """Upper `R` with `R R^T = H`; large matrices block by block and in place.
+
+    The part of `h` below the diagonal stays as it is.
 
     From the last block column to the first, with the columns behind it known:
 
