@@ -46,7 +46,7 @@ class Grid:
       unit: rows rounded together; divides `rows`.
     """
 
-    round: Callable[..., tuple[Array, Array]]
+    round: Callable[..., tuple[Any, Array]]
     fit: Callable[..., Any] | None = None
     keep: Callable[[Any], Any] | None = None
     like: Callable[[int], Any] | None = None

@@ -152,11 +152,11 @@ def upper(
 
 
 def _cholesky(h):
-    """Upper `R` with `R R^T = H`.
+    """Upper `R` with `R R^T = H`; large matrices block by block and in place.
 
-    Large matrices are factored block by block in the array of `h`, of which the part
-    below the diagonal stays. From the last block column to the first, with the columns
-    behind it known:
+    The part of `h` below the diagonal stays as it is.
+
+    From the last block column to the first, with the columns behind it known:
 
         R_kk = chol(H_kk - sum_l R_kl R_kl^T),
         R_ik = (H_ik - sum_l R_il R_kl^T) R_kk^-T   for i < k, l > k.

@@ -118,14 +118,12 @@ def quantize_rows(
       The tensor; `Permuted` when its groups are formed in the order of rounding.
     """
     size, cols = w.shape
-    kind = fmt.grouping((size, cols)).kind
     order = shared.order
     scaled = not isinstance(fmt, Cast)
-    stored = given = index = None
     divisor = None
     if fmt.name == "nvfp4":
         divisor = nvfp4_divisor(jnp.max(jnp.abs(w.astype(jnp.float32))).reshape(1, 1))
-    rows = 0 if static or not scaled else group_rows(fmt, size)
+    rows = group_rows(fmt, size) if scaled and not static else 0
     sizes, padded = levels(size, rows, 1)
     pad = padded - size
     own = Scaled(
@@ -136,44 +134,48 @@ def quantize_rows(
         divisor,
         size,
     )
-    if static and scaled:
+    stored, given = None, Params(None, None)
+    if scaled and not rows:
         found = fit_all(w, fmt, rule, shared, divisor)
-        leaf, effective = store_scale(fmt, found.scale, divisor)
-        stored, given = leaf, Params(effective, found.zero)
-        index = jnp.arange(size) if order is None else order
-        index = jnp.pad(index // group_rows(fmt, size), (0, pad)).astype(jnp.int32)
-        grid = own.given(index)
-    else:
-        grid = own.fitted() if scaled else own.given(jnp.zeros((padded,), jnp.int32))
+        stored, effective = store_scale(fmt, found.scale, divisor)
+        given = Params(effective, found.zero)
+    grid = own.fitted() if rows else own.given(_groups(fmt, size, order, pad))
     m = shared.m if pad == 0 else jnp.pad(shared.m, ((0, pad), (0, pad)))
-    by_group = order is not None and (grouped or kind == "out")
-    restore = order is not None and (static or not scaled or by_group)
-    inverse = jnp.argsort(order) if restore else None
+    # Whatever the order of rounding, the codes return to the order of the inputs,
+    # except where groups were formed in the order of rounding.
+    restored = None
+    if order is not None and (grouped or rows < 2):
+        restored = jnp.argsort(order)
 
     def one(start, width):
         x, first = _targets(w, shared, start, width)
         x = jnp.pad(x, ((0, pad), (0, 0)))
         params = _columns(fmt, given, start, width, cols)
         codes, kept, _ = run_slice(x, m, grid, sizes, params, first)
-        codes = codes[:size] if inverse is None else codes[inverse]
+        codes = codes[:size] if restored is None else codes[restored]
         if fmt.code_bits < 8:
             codes = pack(codes, fmt.code_bits)
-        return codes, None if static or not scaled else kept
+        return codes, kept
 
     codes, kept = by_slices(one, cols, slice_width(fmt, size, cols))
-    zero = None if given is None else given.zero
-    if kept is not None:
-        count = -(-size // rows)
-        kept = jax.tree.map(lambda leaf: leaf[:count], kept)
-        if by_group:
-            kept = jax.tree.map(lambda leaf: _back(leaf, order, rows), kept)
-        stored, zero = store_scale(fmt, kept.scale, divisor)[0], kept.zero
+    zero = given.zero
+    if rows:
+        found = jax.tree.map(lambda leaf: leaf[: -(-size // rows)], kept)
+        if order is not None and restored is not None:
+            found = jax.tree.map(lambda leaf: _back(leaf, order, rows), found)
+        stored, zero = store_scale(fmt, found.scale, divisor)[0], found.zero
     if zero is not None:
         zero = zero.astype(fmt.zero_dtype)  # pyright: ignore[reportAttributeAccessIssue]
     q = assemble(
         fmt, codes, stored, (size, cols), zero=zero, global_scale=divisor, packed=True
     )
-    return q if order is None or restore else Permuted(q, order)
+    return q if order is None or restored is not None else Permuted(q, order)
+
+
+def _groups(fmt: Format, size: int, order, pad: int):
+    """The group of every row in the order of rounding."""
+    index = jnp.arange(size) if order is None else order
+    return jnp.pad(index // group_rows(fmt, size), (0, pad)).astype(jnp.int32)
 
 
 def slice_width(fmt: Format, size: int, cols: int) -> int:
@@ -225,10 +227,8 @@ def _targets(w, shared: Curvature, start, width: int):
     return x, first
 
 
-def _columns(fmt, given: Params | None, start, width: int, cols: int):
+def _columns(fmt, given: Params, start, width: int, cols: int):
     """Known scales of some columns, one per column."""
-    if given is None:
-        return None
 
     def cut(leaf):
         return jax.lax.dynamic_slice_in_dim(leaf, start, width, 1)

@@ -35,8 +35,8 @@ REFITS = 2
 class Params(NamedTuple):
     """Scale and zero-point of the rows that are being rounded, `[rows, cols]`."""
 
-    scale: Float[Array, "rows cols"]
-    zero: Float[Array, "rows cols"] | None
+    scale: Any
+    zero: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Scaled:
         """Nearest codes of a row, and their values."""
         del row
         fmt = self.fmt
-        if params is None:
+        if params.scale is None:  # a cast
             codes = fmt.encode(target)
             return codes, fmt.decode(codes)
         u = divided(target, params.scale)

@@ -128,17 +128,17 @@ def _wrong_format(fmt: Format) -> SpecError:
 class _Nested(NamedTuple):
     """One row of groups' statistics, quantized: codes, and their scale and zero."""
 
-    codes: Array
-    scale: Array
-    zero: Array
+    codes: Any
+    scale: Any
+    zero: Any
 
 
 class _Fitted(NamedTuple):
     """A group's effective statistics `[1, cols]`, and how they are stored."""
 
-    scale: Array
-    zero: Array
-    stored: tuple[_Nested, _Nested]
+    scale: Any
+    zero: Any
+    stored: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,14 +215,14 @@ class _Rounder:
         keep = real & (gain <= self.limit)
         return jnp.where(jnp.any(keep, 0, keepdims=True), keep, real)
 
-    def plain(self, values, keep) -> Any:
+    def plain(self, values, keep) -> _Fitted:
         """Min-max statistics of the weights to keep, not quantized yet."""
         low = jnp.min(jnp.where(keep, values, jnp.inf), 0, keepdims=True)
         high = jnp.max(jnp.where(keep, values, -jnp.inf), 0, keepdims=True)
         scale = (high - low) / self.fmt.levels
         flat = jnp.where(low != 0, jnp.abs(low), 1.0)
         scale = jnp.where(scale > 0, scale, flat)
-        return _Fitted(scale, -low / scale, None)  # pyright: ignore[reportArgumentType]
+        return _Fitted(scale, -low / scale, None)
 
     def nest(self, stat):
         """Statistics of one row of groups: their values as stored, and how."""
@@ -278,7 +278,7 @@ def _quantize(w, fmt: Int, method: SpQR, shared: Curvature) -> QuantizedTensor:
         return pack(codes[:size], fmt.bits), stats, found
 
     codes, stats, found = by_slices(one, cols, width)
-    scale, zero = (AffineTensor(*leaves, inner, (groups, cols)) for leaves in stats)
+    scale, zero = (AffineTensor(c, s, z, inner, (groups, cols)) for c, s, z in stats)
     q: Any = AffineTensor(codes, scale, zero, fmt, (size, cols))
     if count:
         q = WithOutliers(q, *(leaf[0] for leaf in found))

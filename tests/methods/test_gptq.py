@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from qjax.errors import NonFiniteError, SpecError
-from qjax.formats import FP8, MXFP4, MXFP8, NF4, NVFP4, Cast, Int
+from qjax.formats import FP8, MXFP4, NF4, NVFP4, Cast, Int
 from qjax.methods import GPTQ, method_from_dict, quantize
 from qjax.methods.feedback import levels
-from qjax.methods.hessian import check_curvature
+from qjax.methods.hessian import MAX_RETRIES, check_curvature, damped, factor
 from qjax.ops import matmul
 from qjax.wrappers import Permuted
 
@@ -38,12 +38,10 @@ def w(rng):
 
 REFERENCE = [
     (asym(4, 32), GPTQ(), {}),
-    (asym(2, 16), GPTQ(damp=0.1), {"percdamp": 0.1}),
-    (Int(4, 32), GPTQ(), {"sym": True}),
+    (Int(4, 32), GPTQ(damp=0.1), {"sym": True, "percdamp": 0.1}),
     (asym(3, "channel"), GPTQ(), {"group": None}),
     (asym(3, 32), GPTQ(act_order=True), {"actorder": True}),
     (asym(3, 32), GPTQ(act_order="group"), {"sorted_groups": True}),
-    (asym(3, 32), GPTQ(static_groups=True), {"static_groups": True}),
     (
         asym(3, 32),
         GPTQ(act_order=True, static_groups=True),
@@ -74,20 +72,13 @@ def test_agrees_with_the_original(x, w, fmt, method, options):
 
 
 FORMATS = [
-    Int(3, 32),
-    Int(3, 40),
-    Int(3, "channel"),
+    Int(3, 40),  # a short last group
     Int(3, "tensor", symmetric=False),
-    Int(3, 4, axis="out"),
-    Int(3, 7, axis="out"),
-    Int(4, 32, symmetric=False, scale_dtype="float16", zero_dtype="float16"),
-    Int(3, 16, scale_dtype="uint8"),
+    Int(3, 7, axis="out", symmetric=False, scale_dtype="float16"),
     NF4(32),
     NF4(32, double=True),
     MXFP4(),
-    MXFP8(),
     NVFP4(),
-    FP8(),
     FP8("e5m2", "block"),
     Cast("float16"),
 ]
@@ -115,7 +106,7 @@ def test_groups_in_activation_order_are_permuted(x, w):
     )
 
 
-@pytest.mark.parametrize("fmt", [asym(2, 32), MXFP4(), Int(2, 5, axis="out")], ids=str)
+@pytest.mark.parametrize("fmt", [asym(2, 32), MXFP4()], ids=lambda f: f.name)
 def test_searched_ranges_err_less(x, w, fmt):
     stats = statistics_of(x)
     found = [
@@ -126,16 +117,16 @@ def test_searched_ranges_err_less(x, w, fmt):
     assert found[2] < found[0]
 
 
-def test_slices_of_columns_change_nothing(x, w, monkeypatch):
-    stats = statistics_of(x)
-    whole = quantize(w, asym(4, 32), GPTQ(), statistics=stats)
-    blocks = quantize(w, Int(3, 4, axis="out"), GPTQ(), statistics=stats)
+@pytest.mark.parametrize("fmt", [Int(4, 48), Int(3, 4, axis="out")], ids=str)
+def test_slices_of_columns_change_nothing(x, w, fmt, monkeypatch):
+    shared = GPTQ().prepare([w], fmt, statistics_of(x))
+    whole = GPTQ()(jnp.asarray(w), fmt, shared=shared)
     monkeypatch.setattr("qjax.methods.layerwise.SLICE", 8)  # 8, 8 and 4 again with 4
-    jax.clear_caches()
-    for fmt, expected in ((asym(4, 32), whole), (Int(3, 4, axis="out"), blocks)):
-        got = quantize(w, fmt, GPTQ(), statistics=stats)
-        same = np.asarray(got.unpacked()) == np.asarray(expected.unpacked())
-        assert same.all(axis=0).mean() >= 0.9  # sums of another order, see above
+    sliced = GPTQ()(jnp.asarray(w), fmt, shared=shared)
+    same = np.asarray(sliced.unpacked()) == np.asarray(whole.unpacked())
+    assert same.all(axis=0).mean() >= 0.9  # sums of another order, see above
+    scales = np.isclose(sliced.scales(), whole.scales(), rtol=1e-3)
+    assert scales.all(axis=0).mean() >= 0.8
 
 
 def test_inputs_shared_by_weights_are_factored_once(x, w):
@@ -146,6 +137,18 @@ def test_inputs_shared_by_weights_are_factored_once(x, w):
     r = quantize(w, fmt, method, shared=shared)
     for a, b in zip(jax.tree.leaves(q), jax.tree.leaves(r), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_large_hessians_are_factored_in_blocks(rng):
+    root = rng.normal(size=(768, 800))
+    h = jnp.asarray(root @ root.T, jnp.float32)
+    m, tries = factor(h, 0.01)
+    exact = np.asarray(damped(h, 0.01), np.float64)
+    upper = np.linalg.cholesky(exact[::-1, ::-1])[::-1, ::-1]
+    np.testing.assert_allclose(m, upper / np.diag(upper), atol=1e-5)
+    assert int(tries) == 0
+    _, tries = factor(-h, 1e-3)  # not positive: damped until it is
+    assert int(tries) == MAX_RETRIES
 
 
 def test_singular_hessians_raise_the_damping(w):
@@ -172,20 +175,21 @@ def test_a_hessian_that_is_not_finite_is_reported(x, w):
 
 
 def test_repeats_give_the_same_bytes(x, w):
-    stats = statistics_of(x)
-    make = lambda: quantize(  # noqa: E731
-        w, asym(2, 32), GPTQ(range="hessian", act_order=True), statistics=stats
+    fmt, method = asym(2, 32), GPTQ(act_order=True)
+    shared = method.prepare([w], fmt, statistics_of(x))
+    first, second = (
+        # Two functions, so that the program is compiled twice.
+        jax.tree.leaves(jax.jit(lambda w, s: method(w, fmt, shared=s))(w, shared))
+        for _ in range(2)
     )
-    first = jax.tree.leaves(make())
-    jax.clear_caches()
-    for a, b in zip(first, jax.tree.leaves(make()), strict=True):
+    for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_sixteen_bit_weights_stay_sixteen_bit(x, w):
     stats = statistics_of(x)
     q = quantize(
-        w.astype(jnp.bfloat16), asym(4, 32), GPTQ(act_order=True), statistics=stats
+        w.astype(jnp.bfloat16), asym(3, 32), GPTQ(act_order=True), statistics=stats
     )
     assert q.dequantize().dtype == jnp.bfloat16
 
