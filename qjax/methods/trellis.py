@@ -8,8 +8,8 @@ nearest of the walks through the format's trellis:
     w = diag(l) H u H diag(r),   h' = H diag(l) h diag(l) H = M D M^T,
     v_i = walk(u_i + sum_{j < i} M_{ji}^T (u_j - v_j)),   i, j sixteen rows each.
 
-`l` and `r` are random signs. With `equalize`, `r` scales too: errors are alike in all of
-`v`, so that of output `j` is `r_j^2`, while the size of `v` follows the sum of
+`l` and `r` are random signs. With `equalize`, `r` scales too: errors are alike in all
+of `v`, so that of output `j` is `r_j^2`, while the size of `v` follows the sum of
 `|w_j|^2 / r_j^2`; their product is least for `r_j^2` in proportion to `|w_j|`. These
 scales take 8 bits each, and walks are found for their stored values.
 

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qjax.formats import FP4, FP8, MXFP4, MXFP8, NF4, NVFP4, Cast, Int
+from qjax.formats import FP4, FP8, MXFP4, MXFP8, NF4, NVFP4, Cast, Int, Trellis
 from qjax.io.safetensors import SafetensorsFile, write_safetensors
 from qjax.methods import RTN, quantize
 from qjax.wrappers import (
@@ -79,7 +79,8 @@ WRAPPERS = (
     "low-rank",
     "scaled-permuted",
 )
-NAMES = (*FORMATS, *WRAPPERS)
+TRELLIS = ("trellis", "incoherent")
+NAMES = (*FORMATS, *WRAPPERS, *TRELLIS)
 
 
 @functools.cache
@@ -91,6 +92,9 @@ def weight() -> np.ndarray:
 def build(name: str):
     if name in FORMATS:
         return quantize(weight(), FORMATS[name])
+    if name in TRELLIS:
+        q = quantize(weight(), Trellis(2))
+        return q if name == "incoherent" else q.base
     return wrapped(name, build("int3-asymmetric"), np.random.default_rng(2))
 
 
@@ -113,7 +117,7 @@ def same(a, b) -> None:
 
 def agree(name: str, got, want: np.ndarray) -> None:
     """Equal bit for bit, except where wrappers add products (order, contraction)."""
-    if name in ("rotated", "low-rank", "outliers"):
+    if name in ("rotated", "low-rank", "outliers", "incoherent"):
         np.testing.assert_allclose(np.asarray(got), want, rtol=1e-4, atol=1e-5)
     else:
         np.testing.assert_array_equal(np.asarray(got), want)
