@@ -15,8 +15,9 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 import qjax.pallas_kernels.device as device
+from qjax.additive import AdditiveTensor
 from qjax.errors import NonFiniteError, SpecError
-from qjax.formats import Format, Int, Trellis
+from qjax.formats import Additive, Format, Int, KMeans, Trellis
 from qjax.formats.base import check_choice
 from qjax.formats.trellis import TILE
 from qjax.methods.base import Method
@@ -190,6 +191,8 @@ def _empty(shape, fmt: Format) -> LayoutTensor:
         words = (*lead, matrix[0] // TILE, matrix[1] * fmt.bits)
         one = jnp.ones((*lead, 1, 1), jnp.float32)
         return TrellisTensor(jnp.zeros(words, jnp.uint16), one, fmt, matrix)
+    if isinstance(fmt, Additive) or (isinstance(fmt, KMeans) and fmt.columnwise):
+        return _empty_tables(shape, fmt)
     codes = fmt.encode(jnp.zeros(shape, jnp.float32))
     if not hasattr(fmt, "scale_dtype"):
         return assemble(fmt, codes, None, matrix)
@@ -202,3 +205,23 @@ def _empty(shape, fmt: Format) -> LayoutTensor:
         zero = jnp.zeros_like(ones).astype(fmt.zero_dtype)
     stored = store_scale(fmt, ones, divisor)[0]
     return assemble(fmt, codes, stored, matrix, zero=zero, global_scale=divisor)
+
+
+def _empty_tables(shape, fmt: Additive | KMeans) -> LayoutTensor:
+    """`_empty` for formats that have no codes without learned tables."""
+    *lead, rows, cols = shape
+    matrix = (rows, cols)
+    if isinstance(fmt, KMeans):
+        tables = jnp.zeros((*lead, fmt.levels, cols), fmt.table_dtype)
+        codes = jnp.zeros(shape, jnp.uint8)
+        return assemble(fmt, codes, None, matrix, codebook=tables)
+    fmt.grouping(matrix)
+    codes = (*lead, rows // fmt.group * fmt.codebooks, cols)
+    books = (*lead, fmt.codebooks, fmt.levels, fmt.group)
+    return AdditiveTensor(
+        jnp.zeros(codes, f"uint{fmt.code_bits}"),
+        jnp.ones((*lead, 1, cols), fmt.scale_dtype),
+        jnp.zeros(books, fmt.table_dtype),
+        fmt,
+        matrix,
+    )

@@ -103,10 +103,11 @@ class RTN(Method):
         problem = Problem.build(w, fmt, importance)
         if isinstance(fmt, TableFormat) and self.rule in ("auto", "absmax"):
             return _absmax_table(problem, rounder)
-        scale, zero = self._fit(problem)
+        scale, zero = self.fit(problem)
         return problem.finish(scale, zero, rounder)
 
-    def _fit(self, p: "Problem"):
+    def fit(self, p: "Problem"):
+        """The `(scale, zero)` of the rule, in stored precision."""
         if self.rule == "mse":
             low, high = p.full_range()
             return refine(p, *_grid_search(p, low, high, self.shrink, self.grid))

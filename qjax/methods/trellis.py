@@ -24,7 +24,7 @@ Reference: Tseng et al., QTIP, arXiv 2406.11235; exllamav3 `modules/quant/exl3_l
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -87,6 +87,8 @@ class TrellisLDLQ(Method):
     around: int = 64
     seed: int = 0
 
+    uses: ClassVar[frozenset[str]] = frozenset({"hessian"})
+
     def __post_init__(self) -> None:
         check_choice("TrellisLDLQ", "rotate", self.rotate, ROTATIONS)
         whole = type(self.around) is int and type(self.seed) is int
@@ -122,7 +124,7 @@ class TrellisLDLQ(Method):
         if statistics is not None and statistics.hessian is not None:
             hessian = statistics.mean_hessian()
 
-        def one(w):
+        def one(w) -> Any:
             return self._matrix(w.astype(jnp.float32), fmt, hessian, shared)
 
         for _ in w.shape[:-2]:
@@ -178,7 +180,7 @@ class TrellisLDLQ(Method):
 
     def _signs(self, n, side):
         rng = np.random.default_rng([self.seed, side])
-        return jnp.asarray(rng.choice(np.float32([-1, 1]), n))
+        return jnp.asarray(rng.choice(np.array([-1, 1], np.float32), n))
 
     def _factor(self, h, left):
         """The factor of the Hessian of transformed inputs."""

@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Shaped
 
+from qjax.additive import AdditiveTensor, decode_additive
+from qjax.formats.kmeans import lookup
 from qjax.formats.trellis import TILE
 from qjax.packing import packed_rows, row_multiple
 from qjax.tensor import (
@@ -25,6 +27,7 @@ from qjax.tensor import (
     LayoutTensor,
     QuantizedTensor,
     load_scale,
+    load_zero,
 )
 from qjax.trellis import TrellisTensor
 
@@ -40,10 +43,12 @@ def replaced(q: Any, **fields: Any) -> Any:
 
 
 def materialize_scale(q: LayoutTensor) -> LayoutTensor:
-    """Decodes a nested (doubly quantized) scale to float32; costs one scale array."""
-    if isinstance(q.scale, QuantizedTensor):
-        return replaced(q, scale=load_scale(gathered(q.scale)))
-    return q
+    """Decodes nested scales and zero-points to float32; costs one scale array each."""
+    if not isinstance(q.scale, QuantizedTensor):
+        return q
+    if isinstance(getattr(q, "zero", None), QuantizedTensor):
+        q = replaced(q, zero=load_zero(gathered(q.zero)))  # pyright: ignore[reportAttributeAccessIssue]
+    return replaced(q, scale=load_scale(gathered(q.scale)))
 
 
 def gathered(tree: Any) -> Any:
@@ -83,6 +88,8 @@ def cut_step(q: LayoutTensor, axis: Axis) -> int | None:
     group = q.grouping
     if isinstance(q, TrellisTensor):
         return TILE
+    if isinstance(q, AdditiveTensor):
+        return q.format.group if axis == "in" else 1
     unit = row_multiple(q.format.code_bits) if q.format.code_bits < 8 else 1
     if group.kind == "flat":
         rows, whole = q.matrix[0], math.lcm(group.size, unit)
@@ -109,6 +116,9 @@ def windows(q: LayoutTensor, axis: Axis, start: Any, size: int) -> dict[str, Win
         if axis == "in":
             return {"codes": (0, start // TILE, size // TILE)}
         return {"codes": (1, start * bits, size * bits)}
+    if isinstance(q, AdditiveTensor) and axis == "in":
+        per, vector = q.format.codebooks, q.format.group
+        return {"codes": (0, start // vector * per, size // vector * per)}
     if group.kind == "flat":
         rows = q.matrix[0]
         groups = -(-size * rows // group.size)
@@ -132,11 +142,13 @@ def windows(q: LayoutTensor, axis: Axis, start: Any, size: int) -> dict[str, Win
 
 
 def _present(q: LayoutTensor, codes: Window, stats: Window) -> dict[str, Window]:
-    """Windows of the leaves that exist: codes, scale and zero."""
+    """Windows of the leaves that exist: codes, scale, zero, tables of columns."""
     found = {"codes": codes}
     for name in ("scale", "zero"):
         if getattr(q, name, None) is not None:
             found[name] = stats
+    if getattr(q, "columnwise", False) and codes[0] == 1:
+        found["codebook"] = codes
     return found
 
 
@@ -166,13 +178,15 @@ def cut_leaf(leaf: Shaped[Array, "..."], start: Any, size: int, axis: int) -> Ar
 
 def decode(q: LayoutTensor) -> Float[Array, "in out"]:
     """`q.dequantize(float32)` with 16-entry tables read by selection, not gathers."""
+    if isinstance(q, AdditiveTensor):
+        return decode_additive(q.codes, q.codebooks, q.scale)
     values = code_values(q, q.unpacked())
     if q.scale is None:
         return values
     group = q.grouping
     values = group.split(values)
     if isinstance(q, AffineTensor) and q.zero is not None:
-        values = values - group.load(q.zero.astype(jnp.float32))
+        values = values - group.load(load_zero(q.zero))
     values = group.join(values * group.load(q.scales()))
     offset = getattr(q, "offset", None)
     return values if offset is None else values + offset
@@ -213,22 +227,3 @@ def scale_values(leaf: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]:
     if leaf.dtype in FLOAT8:
         return float8_values(leaf)
     return load_scale(leaf)
-
-
-def lookup(
-    codes: Int[Array, "*shape"], table: Float[Array, " levels"]
-) -> Float[Array, "*shape"]:
-    """`table[codes]`: up to 16 levels by a tree of selections, more by a gather."""
-    levels = table.shape[0]
-    if levels > 16 or levels & (levels - 1):
-        return table.at[codes.astype(jnp.int32)].get(mode="clip")
-    nodes: list[Shaped[Array, ...]] = [table[i] for i in range(levels)]
-    bit = 1
-    while len(nodes) > 1:
-        odd = (codes & jnp.asarray(bit, codes.dtype)) != 0
-        nodes = [
-            jnp.where(odd, high, low)
-            for low, high in zip(nodes[::2], nodes[1::2], strict=True)
-        ]
-        bit *= 2
-    return jnp.broadcast_to(nodes[0], codes.shape)

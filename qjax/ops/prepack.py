@@ -179,6 +179,8 @@ def _prepacked(rounds, q):
     """One weight prepacked, or as it is."""
     if not isinstance(q, LayoutTensor):
         return q
+    if isinstance(getattr(q, "zero", None), QuantizedTensor):
+        return q  # stays as it is: decoded zero-points cannot be turned back
     nested = q.scale if isinstance(q.scale, QuantizedTensor) else None
     plain = materialize_scale(q)
     spec = kernels.kernel_spec(plain)
