@@ -124,7 +124,7 @@ class TrellisLDLQ(Method):
         if statistics is not None and statistics.hessian is not None:
             hessian = statistics.mean_hessian()
 
-        def one(w):
+        def one(w) -> Any:
             return self._matrix(w.astype(jnp.float32), fmt, hessian, shared)
 
         for _ in w.shape[:-2]:
@@ -180,7 +180,7 @@ class TrellisLDLQ(Method):
 
     def _signs(self, n, side):
         rng = np.random.default_rng([self.seed, side])
-        return jnp.asarray(rng.choice(np.float32([-1, 1]), n))
+        return jnp.asarray(rng.choice(np.array([-1, 1], np.float32), n))
 
     def _factor(self, h, left):
         """The factor of the Hessian of transformed inputs."""

@@ -28,6 +28,7 @@ from qjax.formats import (
     Cast,
     Int,
     KMeans,
+    Trellis,
 )
 from qjax.io.safetensors import SafetensorsFile, write_safetensors
 from qjax.methods import RTN, quantize
@@ -126,7 +127,8 @@ WRAPPERS = (
     "low-rank",
     "scaled-permuted",
 )
-NAMES = (*FORMATS, *LEARNED, *WRAPPERS)
+TRELLIS = ("trellis", "incoherent")
+NAMES = (*FORMATS, *LEARNED, *WRAPPERS, *TRELLIS)
 
 
 @functools.cache
@@ -140,6 +142,9 @@ def build(name: str):
         return learned(name)
     if name in FORMATS:
         return quantize(weight(), FORMATS[name])
+    if name in TRELLIS:
+        q = quantize(weight(), Trellis(2))
+        return q if name == "incoherent" else q.base
     return wrapped(name, build("int3-asymmetric"), np.random.default_rng(2))
 
 
@@ -162,7 +167,7 @@ def same(a, b) -> None:
 
 def agree(name: str, got, want: np.ndarray) -> None:
     """Equal bit for bit, except where wrappers add products (order, contraction)."""
-    if name in ("rotated", "rotated-int8", "low-rank", "outliers"):
+    if name in ("rotated", "rotated-int8", "low-rank", "outliers", "incoherent"):
         np.testing.assert_allclose(np.asarray(got), want, rtol=1e-4, atol=1e-5)
     else:
         np.testing.assert_array_equal(np.asarray(got), want)

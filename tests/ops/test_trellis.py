@@ -7,6 +7,7 @@ import pytest
 
 from qjax.formats import Trellis
 from qjax.ops import embed, explain, grouped_matmul, matmul
+from qjax.tensor import dequantize
 from qjax.trellis import Incoherent, TrellisTensor, pack_signs
 from qjax.wrappers import Transposed, layer_of
 
@@ -32,48 +33,58 @@ def close(got, want):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("bits", [2, 3])
-@pytest.mark.parametrize("rows", [1, 5])
-def test_products_and_gradients_by_blocks(rows, bits, small_blocks, rng):
-    q = weight(rng, bits)
-    w = np.asarray(q.dequantize())
-    for turned, dense, k in ((q, w, ROWS), (Transposed(q), w.T, COLS)):
-        x = floats(rng, rows, k)
-        dy = floats(rng, rows, dense.shape[1])
-        y, pull = jax.vjp(matmul, x, turned)
-        close(y, x @ dense)
-        dx, dq = pull(dy)
-        close(dx, dy @ dense.T)
-        want = jax.vjp(lambda q, x=x: x @ q.dequantize(), turned)[1](dy)[0]
-        for a, b in zip(jax.tree.leaves(dq), jax.tree.leaves(want), strict=True):
-            assert a.dtype == b.dtype
-            if a.dtype != jax.dtypes.float0:
-                np.testing.assert_allclose(
-                    np.float32(a), np.float32(b), rtol=2e-3, atol=2e-3
-                )
+@jax.jit
+def both_ways(x, dy, q):
+    """A product and its gradient, by blocks and through the dense weight."""
+    y, pull = jax.vjp(matmul, x, q)
+    dense, pull_dense = jax.vjp(lambda x, q: x @ q.dequantize(), x, q)
+    return (y, pull(dy)), (dense, pull_dense(dy))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("rows", "bits"), [(1, 2), (5, 3)])
+def test_products_and_gradients_by_blocks(rows, bits, turned, small_blocks, rng):
+    q = Transposed(weight(rng, bits)) if turned else weight(rng, bits)
+    x, dy = floats(rng, rows, q.shape[0]), floats(rng, rows, q.shape[1])
+    got, want = both_ways(x, dy, q)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype
+        if a.dtype != jax.dtypes.float0:
+            exact = a.dtype == jnp.float32
+            a, b = np.float32(a), np.float32(b)
+            tolerance = (1e-5 if exact else 2e-3) * np.abs(b).max()
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=tolerance)
 
 
 def test_stacks(rng):
     q = weight(rng, 2, (3,))
-    w, x = np.asarray(q.dequantize()), floats(rng, 3, 2, ROWS)
+    w, x = np.asarray(jax.jit(dequantize)(q)), floats(rng, 3, 2, ROWS)
     want = np.einsum("lmk,lkn->lmn", np.asarray(x), w)
-    close(jax.vmap(matmul)(x, q), want)
-    for layer in range(3):
-        one = layer_of(q, jnp.int32(layer))
-        close(jax.jit(matmul)(x[layer], one), want[layer])
+
+    @jax.jit
+    def products(x, q):
+        layers = jnp.arange(3, dtype=jnp.int32)
+        one = lambda i: (i + 1, matmul(x[i], layer_of(q, i)))  # noqa: E731
+        return jax.vmap(matmul)(x, q), jax.lax.scan(lambda c, i: one(i), 0, layers)[1]
+
+    for got in products(x, q):
+        close(got, want)
     sizes = jnp.asarray([2, 1, 3], jnp.int32)
     rows = floats(rng, 6, ROWS)
+    y = jax.jit(grouped_matmul)(rows, sizes, q)
     expert = np.repeat(np.arange(3), sizes)
-    y = grouped_matmul(rows, sizes, q)
     close(y, np.einsum("mk,mkn->mn", np.asarray(rows), w[expert]))
 
 
 def test_rows_of_tables(rng):
     q = weight(rng, 2, right=False)
     ids = jnp.asarray([3, 47, 16, 3], jnp.int32)
-    close(embed(ids, Transposed(q)), np.asarray(q.dequantize()).T[np.asarray(ids)])
-    plain = q.base
-    close(embed(ids, plain), np.asarray(plain.dequantize())[np.asarray(ids)])
+    find = jax.jit(embed)
+    close(
+        find(ids, Transposed(q)), np.asarray(jax.jit(dequantize)(q)).T[np.asarray(ids)]
+    )
+    w = np.asarray(jax.jit(dequantize)(q.base))
+    close(find(ids, q.base), w[np.asarray(ids)])
 
 
 def test_explain(rng):
