@@ -127,9 +127,10 @@ class TrellisLDLQ(Method):
         def one(w) -> Any:
             return self._matrix(w.astype(jnp.float32), fmt, hessian, shared)
 
+        run: Any = one
         for _ in w.shape[:-2]:
-            one = functools.partial(lax.map, one)
-        return one(w)
+            run = functools.partial(lax.map, run)
+        return run(w)
 
     def prepare(
         self,

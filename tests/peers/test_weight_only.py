@@ -75,9 +75,7 @@ def torchao(bits):
     ],
     ids=["quanto-int4", "quanto-int2", "torchao-int4"],
 )
-def test_data_free_integers_are_at_least_as_good(
-    model, perplexity, peer, bits, recipe
-):
+def test_data_free_integers_are_at_least_as_good(model, perplexity, peer, bits, recipe):
     if peer is torchao:
         pytest.importorskip("torchao")
     theirs = perplexity(replaced(model, peer(bits)))
