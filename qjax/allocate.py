@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.calibration import BlockStream, calibration_windows
+from qjax.calibration import CONTEXT, BlockStream, calibration_windows
 from qjax.checkpoint import load
 from qjax.errors import SpecError
 from qjax.evaluate import (
@@ -210,8 +210,12 @@ def allocate_checkpoint(
     if report is not None:
         require_matplotlib()  # before the work
     model, tokenizer = load(source, revision=revision)
-    vocab = model.config.vocab_size
-    tokens = calibration_windows(calibration, tokenizer, vocab_size=vocab)
+    tokens = calibration_windows(
+        calibration,
+        tokenizer,
+        context=min(CONTEXT, model.config.max_context),
+        vocab_size=model.config.vocab_size,
+    )
     made = allocate(model, recipe, target_bits, tokens=tokens, progress=progress)
     if report is not None:
         folder = Path(report)

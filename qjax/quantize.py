@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.artifact import ArtifactWriter, is_artifact, part_name
-from qjax.calibration import calibration_windows
+from qjax.calibration import CONTEXT, calibration_windows
 from qjax.checkpoint import Assets, dense_parts, hold
 from qjax.converters.huggingface import open_checkpoint
 from qjax.errors import SpecError
@@ -200,7 +200,12 @@ def _tokens(calibration: Any, tokenizer: Any, config: Any) -> Any:
     """Calibration windows of any source, or None."""
     if calibration is None:
         return None
-    windows = calibration_windows(calibration, tokenizer, vocab_size=config.vocab_size)
+    windows = calibration_windows(
+        calibration,
+        tokenizer,
+        context=min(CONTEXT, config.max_context),
+        vocab_size=config.vocab_size,
+    )
     if windows.shape[1] > config.max_context:
         raise SpecError(
             f"calibration: windows of {windows.shape[1]} tokens exceed the model's "

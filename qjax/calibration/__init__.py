@@ -3,4 +3,5 @@
 from qjax.calibration.blocks import BlockStream as BlockStream
 from qjax.calibration.capture import calibrate as calibrate
 from qjax.calibration.capture import capture as capture
+from qjax.calibration.windows import CONTEXT as CONTEXT
 from qjax.calibration.windows import calibration_windows as calibration_windows

@@ -13,6 +13,8 @@ weight is freed as soon as its codes exist.
 """
 
 import collections
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,11 +22,13 @@ from flax import nnx
 
 from qjax.errors import SpecError
 from qjax.formats import Format
-from qjax.methods import Method
+from qjax.methods import RTN, Method, Statistics, needs_of, uses_of
 from qjax.nn.base import QuantizedLayer
 from qjax.nn.swap import dotted, swap, weight_name
 from qjax.recipes import Recipe, load_recipe
 from qjax.tree import check_matched
+
+_log = logging.getLogger(__name__)
 
 
 def quantize_module(
@@ -35,6 +39,7 @@ def quantize_module(
     freeze: bool = False,
     donate: bool = False,
     nonfinite: str = "raise",
+    statistics: Mapping[str, Statistics] | None = None,
 ) -> Any:
     """Returns a copy of a module whose matching layers are quantized.
 
@@ -51,6 +56,9 @@ def quantize_module(
       donate: with `freeze`, delete the arrays of the weights that were packed; the
         given module cannot be used afterwards.
       nonfinite: what `freeze` does about NaN and infinity; see `qjax.quantize`.
+      statistics: with `freeze`, of the inputs of each layer by path, for calibrated
+        methods; see `qjax.calibration.calibrate`. A layer that no token reached is
+        rounded by `RTN("mse")` instead, with a warning.
 
     Returns:
       The quantized module.
@@ -68,6 +76,10 @@ def quantize_module(
     """
     if donate and not freeze:
         raise SpecError("donate=True needs freeze=True: the float weights are in use")
+    if statistics is not None and not freeze:
+        raise SpecError(
+            "statistics= need freeze=True: they are used when codes are made"
+        )
     recipe = load_recipe(recipe)
     seen: list[str] = []
     matched: list[str] = []
@@ -86,7 +98,7 @@ def quantize_module(
 
     module = nnx.recursive_map(one, nnx.clone(module))
     check_matched(recipe, matched, seen)
-    return _freeze(module, donate, nonfinite) if freeze else module
+    return _freeze(module, donate, nonfinite, statistics) if freeze else module
 
 
 def freeze(module: Any, *, donate: bool = False, nonfinite: str = "raise") -> Any:
@@ -109,7 +121,12 @@ def freeze(module: Any, *, donate: bool = False, nonfinite: str = "raise") -> An
     return _freeze(nnx.clone(module), donate, nonfinite)
 
 
-def _freeze(module: Any, donate: bool, nonfinite: str) -> Any:
+def _freeze(
+    module: Any,
+    donate: bool,
+    nonfinite: str,
+    statistics: Mapping[str, Statistics] | None = None,
+) -> Any:
     """Freezes in place."""
     nodes = [(parts, node) for parts, node in nnx.iter_modules(module)]
     holders = collections.Counter(
@@ -128,7 +145,16 @@ def _freeze(module: Any, donate: bool, nonfinite: str) -> Any:
         if key in shared:
             setattr(node, node.weight_name, shared[key][1])
             continue
-        node.freeze(dotted((*parts, node.weight_name)), nonfinite=nonfinite)
+        path = dotted((*parts, node.weight_name))
+        options: dict[str, Any] = {}
+        if statistics is not None and node.method and uses_of(node.method):
+            found = statistics.get(path)
+            if found is not None and float(found.count):
+                options["statistics"] = found
+            elif needs_of(node.method):
+                _log.warning("%s: no calibration token reached it; rtn-mse", path)
+                node.method = RTN("mse")
+        node.freeze(path, nonfinite=nonfinite, **options)
         if holders[id(variable)] > 1:
             shared[key] = variable, node.variable
         elif donate and isinstance(value := variable.get_value(), jax.Array):

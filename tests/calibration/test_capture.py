@@ -9,6 +9,7 @@ from flax import nnx
 import qjax
 from qjax.calibration import calibrate, capture
 from qjax.errors import NonFiniteError, SpecError, UnsupportedError
+from qjax.methods import GPTQ
 
 
 class Net(nnx.Module):
@@ -108,3 +109,23 @@ def test_statistics_add_up(rng):
         masked,
         zeros.add(jnp.asarray(x[:3])),
     )
+
+
+def test_modules_are_quantized_with_statistics(batches, caplog):
+    net = Net()
+    stats = calibrate(net, batches)
+    del stats["last.kernel"]
+    rules = qjax.Recipe((qjax.Rule("*kernel", qjax.Int(3, "channel"), GPTQ()),))
+    packed = qjax.nn.quantize_module(net, rules, freeze=True, statistics=stats)
+    own = qjax.quantize(
+        net.first.kernel.get_value(),
+        qjax.Int(3, "channel"),
+        GPTQ(),
+        statistics=stats["first.kernel"],
+    )
+    np.testing.assert_array_equal(packed.first.kernel.get_value().codes, own.codes)
+    assert "last.kernel: no calibration token reached it; rtn-mse" in caplog.text
+    with pytest.raises(SpecError, match="statistics= need freeze=True"):
+        qjax.nn.quantize_module(net, rules, statistics=stats)
+    with pytest.raises(SpecError, match="needs statistics of the weight's inputs"):
+        qjax.nn.quantize_module(net, rules, freeze=True)
