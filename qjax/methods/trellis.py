@@ -124,12 +124,13 @@ class TrellisLDLQ(Method):
         if statistics is not None and statistics.hessian is not None:
             hessian = statistics.mean_hessian()
 
-        def one(w) -> Any:
+        def one(w):
             return self._matrix(w.astype(jnp.float32), fmt, hessian, shared)
 
+        run: Any = one
         for _ in w.shape[:-2]:
-            one = functools.partial(lax.map, one)
-        return one(w)
+            run = functools.partial(lax.map, run)
+        return run(w)
 
     def prepare(
         self,
