@@ -124,7 +124,7 @@ class TrellisLDLQ(Method):
         if statistics is not None and statistics.hessian is not None:
             hessian = statistics.mean_hessian()
 
-        def one(w) -> Any:
+        def one(w):
             return self._matrix(w.astype(jnp.float32), fmt, hessian, shared)
 
         run: Any = one
