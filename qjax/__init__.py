@@ -10,10 +10,13 @@ A quantized weight is a pytree, and every operation on it is a pure function:
     text = qjax.generate(qmodel, tokenizer, "Once", max_tokens=64)
 """
 
+from qjax import calibration as calibration
 from qjax import evaluate as evaluate
 from qjax import models as models
 from qjax import nn as nn
 from qjax import ops as ops
+from qjax.allocate import Allocation as Allocation
+from qjax.allocate import allocate as allocate
 from qjax.checkpoint import load as load
 from qjax.checkpoint import save as save
 from qjax.convert import convert as convert
@@ -40,6 +43,7 @@ from qjax.inspection import inspect as inspect
 from qjax.methods import HQQ as HQQ
 from qjax.methods import RTN as RTN
 from qjax.methods import Method as Method
+from qjax.methods import Statistics as Statistics
 from qjax.models import Decoder as Decoder
 from qjax.ops import embed as embed
 from qjax.ops import matmul as matmul

@@ -17,6 +17,7 @@ Readers verify every array against its digest before using it and refuse a damag
 by file and tensor name. Nothing in an artifact is executed.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -119,6 +120,13 @@ class ArtifactWriter:
             for array_name, array in arrays.items():
                 writer.write(array_name, np.asarray(array))
             self._digests[name] = writer.finish()
+
+    @contextlib.contextmanager
+    def read(self, name: str) -> Iterator[dict[str, Any]]:
+        """The parameters of a part written before, as views valid inside `with`."""
+        with SafetensorsFile(self._stage.path / name) as part:
+            entries = _entries(part, name)
+            yield {p: rebuild(p, e["spec"], part.read) for p, e in entries.items()}
 
     def reports(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Path and report of every parameter written so far, in file order."""

@@ -26,14 +26,46 @@ from qjax.formats import (
     MXFP8,
     NF4,
     NVFP4,
+    Additive,
     Cast,
     Format,
     Int,
+    KMeans,
+    Trellis,
     format_from_dict,
 )
-from qjax.methods import HQQ, RTN, Method, method_from_dict
+from qjax.methods import (
+    AQLM,
+    AWQ,
+    GPTAQ,
+    GPTQ,
+    HQQ,
+    LDLQ,
+    RTN,
+    LLMInt8,
+    Lloyd,
+    Method,
+    Qronos,
+    Rotate,
+    RoundInputs,
+    SignRound,
+    SmoothQuant,
+    SpQR,
+    TrellisLDLQ,
+    method_from_dict,
+)
 
-_METHODS: dict[str, Method] = {"rtn": RTN(), "hqq": HQQ()}
+_METHODS: dict[str, Method] = {
+    "rtn": RTN(),
+    "hqq": HQQ(),
+    "gptq": GPTQ(act_order="group", range="hessian"),
+    "gptaq": GPTAQ(act_order="group", range="hessian"),
+    "qronos": Qronos(act_order="group", range="hessian"),
+    "ldlq": LDLQ(),
+    "awq": AWQ(),
+    "signround": SignRound(),
+    "rotated": Rotate(GPTQ(act_order="group", range="hessian")),
+}
 _NAMED = re.compile(r"(?:(\w+)-)?int([1-8])(?:-g(\d+))?(-asym|-sym)?")
 
 
@@ -86,10 +118,14 @@ class Recipe:
     Attributes:
       rules: first match decides.
       name: what reports call the recipe.
+      rotate: seed of random rotations of the residual stream and of value heads, which
+        are folded into the weights before anything is quantized, or None; see
+        `qjax.models.rotate`. For models with RMS norms.
     """
 
     rules: tuple[Rule, ...]
     name: str = "custom"
+    rotate: int | None = None
 
     def match(self, path: str, shape: Sequence[int]) -> Rule | None:
         """The deciding rule of a tensor, or None when it is kept.
@@ -105,14 +141,16 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; `recipe_from_dict` is the inverse."""
-        return {"name": self.name, "rules": [rule.to_dict() for rule in self.rules]}
+        spec = {"name": self.name, "rules": [rule.to_dict() for rule in self.rules]}
+        return spec if self.rotate is None else {**spec, "rotate": self.rotate}
 
 
 def recipe_from_dict(spec: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """Builds a recipe from `Recipe.to_dict()` output or a hand-written equivalent.
 
     Args:
-      spec: `{"name": ..., "rules": [{"pattern", "format" | "keep", "method"?}, ...]}`.
+      spec: `{"name": ..., "rules": [{"pattern", "format" | "keep", "method"?}, ...]}`
+        and optionally `"rotate"`.
         A format or method may be a preset name (`"int4-g128"`, `"hqq"`).
       where: what errors call the source.
 
@@ -120,12 +158,18 @@ def recipe_from_dict(spec: Mapping[str, Any], where: str = "recipe") -> Recipe:
       SpecError: a field is missing, unknown or of the wrong type.
     """
     rules = spec.get("rules")
-    if not isinstance(rules, list | tuple) or set(spec) - {"name", "rules"}:
+    if not isinstance(rules, list | tuple) or set(spec) - {"name", "rules", "rotate"}:
         raise SpecError(
             f'{where}: expected {{"name": ..., "rules": [...]}}, got {sorted(spec)}'
         )
     parsed = tuple(_rule(rule, f"{where}, rule {i}") for i, rule in enumerate(rules))
-    return Recipe(parsed, str(spec.get("name", "custom")))
+    rotate = spec.get("rotate")
+    if rotate is not None and (type(rotate) is not int or rotate < 0):
+        raise SpecError(
+            f"{where}: rotate is {rotate!r}, expected the seed of random rotations, an "
+            "integer from 0 on, or nothing"
+        )
+    return Recipe(parsed, str(spec.get("name", "custom")), rotate)
 
 
 def _rule(spec: Any, where: str) -> Rule:
@@ -152,13 +196,25 @@ def _rule(spec: Any, where: str) -> Rule:
     return Rule(spec["pattern"], fmt, method or default)
 
 
+_ENDS = (
+    Rule("*embed*", None),
+    Rule("re:(.*\\.)?(head|lm_head)(\\..*)?", None),
+)
+
+
 def _keep_ends(fmt: Format, method: Method, name: str) -> Recipe:
-    rules = (
-        Rule("*embed*", None),
-        Rule("re:(.*\\.)?(head|lm_head)(\\..*)?", None),
-        Rule("*kernel", fmt, method),
-    )
-    return Recipe(rules, name)
+    return Recipe((*_ENDS, Rule("*kernel", fmt, method)), name)
+
+
+def _best(bits: int, name: str) -> Recipe:
+    """Trellis codes; a bit more where errors cost most for each weight.
+
+    Query, key, value and down take two fifths of the weights of a gated block.
+    """
+    method = TrellisLDLQ()
+    more = ("*attn.q.kernel", "*attn.k.kernel", "*attn.v.kernel", "*mlp.down.kernel")
+    raised = (Rule(pattern, Trellis(bits + 1), method) for pattern in more)
+    return Recipe((*_ENDS, *raised, Rule("*kernel", Trellis(bits), method)), name)
 
 
 def _int(bits: int, group: int | str, symmetric: bool = False) -> Int:
@@ -182,11 +238,30 @@ PRESETS: dict[str, tuple[Format, Method]] = {
     "mxfp4": (MXFP4(), RTN("mse")),
     "mxfp8": (MXFP8(), RTN()),
     "nvfp4": (NVFP4(), RTN("mse")),
+    "w8a8": (Int(8, "channel"), RoundInputs(SmoothQuant())),
+    "llm-int8": (Int(8, "channel"), LLMInt8(inner=RoundInputs())),
     "hqq-int4-g64": (_int(4, 64), HQQ()),
     "hqq-int3-g64": (_int(3, 64), HQQ()),
     "hqq-int2-g64": (_int(2, 64), HQQ()),
+    "gptq-int4-g128": (_int(4, 128), _METHODS["gptq"]),
+    "gptq-int3-g64": (_int(3, 64), _METHODS["gptq"]),
+    "gptq-int2-g64": (_int(2, 64), _METHODS["gptq"]),
+    "awq-int4-g128": (_int(4, 128), AWQ()),
+    "awq-int3-g64": (_int(3, 64), AWQ()),
+    "spqr-3bit": (Int(3, 16, symmetric=False), SpQR()),
+    "kmeans-4bit": (KMeans(4), Lloyd(outliers=0.004, sensitive=0.0005)),
+    "kmeans-3bit": (KMeans(3), Lloyd(outliers=0.004, sensitive=0.0005)),
+    "aqlm-2bit": (Additive(2, 8, 8), AQLM()),
+    "trellis-4bit": (Trellis(4), TrellisLDLQ()),
+    "trellis-3bit": (Trellis(3), TrellisLDLQ()),
+    "trellis-2bit": (Trellis(2), TrellisLDLQ()),
 }
 """Named presets: format and method of every kernel."""
+
+BEST: dict[str, Recipe] = {
+    f"best-{bits}bit": _best(bits, f"best-{bits}bit") for bits in (2, 3, 4)
+}
+"""The least perplexity under half a bit more than their name says, on average."""
 
 
 def preset(name: str) -> Recipe:
@@ -202,6 +277,8 @@ def preset(name: str) -> Recipe:
       >>> preset("hqq-int3-g64").rules[-1].format.bits
       3
     """
+    if name in BEST:
+        return BEST[name]
     if name in PRESETS:
         return _keep_ends(*PRESETS[name], name)
     found = _NAMED.fullmatch(name)
@@ -210,10 +287,11 @@ def preset(name: str) -> Recipe:
         fmt = _int(int(found[2]), group, symmetric=found[4] == "-sym")
         method = _METHODS[found[1]] if found[1] else RTN("mse")
         return _keep_ends(fmt, method, name)
-    near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, [*PRESETS, *BEST], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
+    known = _known({**PRESETS, **BEST})
     raise SpecError(
-        f"unknown recipe {name!r}: {hint}{_known(PRESETS)}, any METHOD-intB-gG with "
+        f"unknown recipe {name!r}: {hint}{known}, any METHOD-intB-gG with "
         f"METHOD one of {', '.join(_METHODS)}, or the path of a JSON recipe"
     )
 

@@ -14,9 +14,20 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from qjax.additive import AdditiveTensor
 from qjax.errors import FormatError, SpecError
-from qjax.formats import Cast, Dynamic8, Format, Int, format_from_dict
+from qjax.formats import (
+    Additive,
+    Cast,
+    Dynamic8,
+    Format,
+    Int,
+    KMeans,
+    format_from_dict,
+)
 from qjax.formats.codebook import TableFormat
+from qjax.formats.minifloat import Minifloat
+from qjax.formats.trellis import TILE, Trellis
 from qjax.tensor import (
     AffineTensor,
     CodebookTensor,
@@ -25,11 +36,15 @@ from qjax.tensor import (
     QuantizedTensor,
     codes_shape,
 )
+from qjax.trellis import Incoherent, TrellisTensor, sign_bytes
 from qjax.wrappers import (
+    ACTIVATIONS,
     InputScaled,
     LowRank,
     Permuted,
     Rotated,
+    RoundedInputs,
+    SplitInputs,
     Transposed,
     WithOutliers,
     Wrapper,
@@ -38,13 +53,18 @@ from qjax.wrappers import (
 _CLASSES: dict[str, type] = {
     cls.__name__: cls
     for cls in (
+        AdditiveTensor,
         AffineTensor,
         CodebookTensor,
         MinifloatTensor,
+        TrellisTensor,
+        Incoherent,
         InputScaled,
         LowRank,
         Permuted,
         Rotated,
+        RoundedInputs,
+        SplitInputs,
         Transposed,
         WithOutliers,
     )
@@ -128,6 +148,16 @@ def _static(name: str, field: str, value: Any) -> Any:
         if not ok or not all(type(v) is int and 0 <= v < 2**40 for v in value):
             raise FormatError(f"{name}: matrix {value!r} is not [in, out]")
         return tuple(value)
+    if field == "block":
+        if type(value) is not int or value < 2 or value & (value - 1):
+            raise FormatError(f"{name}: block {value!r} is not a power of two above 1")
+        return value
+    if field == "activation":
+        if value not in ACTIVATIONS:
+            raise FormatError(
+                f"{name}: activation {value!r} is not one of {ACTIVATIONS}"
+            )
+        return value
     if value not in (*_FLOATS, "float64"):
         raise FormatError(f"{name}: dtype {value!r} is not a float dtype")
     return value
@@ -141,8 +171,14 @@ def _check(name: str, q: Any) -> None:
     if not isinstance(q, LayoutTensor):
         raise FormatError(f"{name}: {type(q).__name__} is not a quantized layout")
     fmt = q.format
-    wanted = {AffineTensor: Int, CodebookTensor: TableFormat}.get(type(q))
-    if wanted and not isinstance(fmt, wanted):
+    wanted = {
+        AffineTensor: Int,
+        CodebookTensor: TableFormat,
+        MinifloatTensor: Minifloat | Cast,
+        TrellisTensor: Trellis,
+        AdditiveTensor: Additive,
+    }[type(q)]
+    if not isinstance(fmt, wanted):
         raise FormatError(f"{name}: format {fmt.name} cannot be a {type(q).__name__}")
     try:
         group = fmt.grouping(q.matrix)
@@ -151,11 +187,22 @@ def _check(name: str, q: Any) -> None:
     lead = tuple(q.codes.shape[:-2]) if hasattr(q.codes, "shape") else None
     if lead is None or q.codes.ndim < 2:
         raise FormatError(f"{name}.codes: expected an array of rank 2 or more")
+    if isinstance(q, AdditiveTensor):
+        _check_additive(name, q, lead)
+        return
     codes = jnp.dtype(_codes_dtype(fmt))
-    _leaf(f"{name}.codes", q.codes, (*lead, *codes_shape(fmt, q.matrix)), (codes.name,))
+    _leaf(f"{name}.codes", q.codes, (*lead, *_codes_shape(q)), (codes.name,))
     scales = (*lead, *group.scale_shape)
     if isinstance(q.scale, QuantizedTensor):
         _check_nested(f"{name}.scale", q.scale, scales)
+    elif isinstance(fmt, Trellis):
+        if q.scale is not None:
+            _leaf(f"{name}.scale", q.scale, scales, _FLOATS)
+    elif isinstance(fmt, KMeans) and fmt.columnwise:
+        tables = (*lead, fmt.levels, q.matrix[1])
+        _leaf(f"{name}.codebook", getattr(q, "codebook", None), tables, _FLOATS)
+        _absent(name, q, "scale", "offset")
+        return
     elif not isinstance(fmt, Cast):
         _leaf(f"{name}.scale", q.scale, scales, (*_FLOATS, "uint8", "float8_e4m3fn"))
     if isinstance(q, AffineTensor) and isinstance(fmt, Int) and not fmt.symmetric:
@@ -181,6 +228,26 @@ def _check_nested(name: str, inner: QuantizedTensor, shape: tuple[int, ...]) -> 
         raise FormatError(f"{name}: {inner!r} does not fit {shape}")
 
 
+def _check_additive(name: str, q: AdditiveTensor, lead: tuple[int, ...]) -> None:
+    """Codes may not index beyond a codebook of less than 16 bits."""
+    fmt, (rows, cols) = q.format, q.matrix
+    codes = (*lead, rows // fmt.group * fmt.codebooks, cols)
+    _leaf(f"{name}.codes", q.codes, codes, (f"uint{fmt.code_bits}",))
+    _leaf(f"{name}.scale", q.scale, (*lead, 1, cols), _FLOATS)
+    books = (*lead, fmt.codebooks, fmt.levels, fmt.group)
+    _leaf(f"{name}.codebooks", q.codebooks, books, _FLOATS)
+    if fmt.bits not in (8, 16) and q.size and int(jnp.max(q.codes)) >= fmt.levels:
+        raise FormatError(
+            f"{name}.codes: index {int(jnp.max(q.codes))} outside 0..{fmt.levels - 1}"
+        )
+
+
+def _absent(name: str, q: Any, *fields: str) -> None:
+    for field in fields:
+        if getattr(q, field) is not None:
+            raise FormatError(f"{name}.{field}: {q.format.name} has none")
+
+
 def _check_wrapper(name: str, q: Wrapper) -> None:
     if not isinstance(q.base, QuantizedTensor):
         raise FormatError(f"{name}.base: expected a quantized tensor")
@@ -194,7 +261,20 @@ def _check_wrapper(name: str, q: Wrapper) -> None:
     elif isinstance(q, InputScaled):
         _leaf(f"{name}.s", q.s, (*lead, rows), _FLOATS)
     elif isinstance(q, Rotated):
-        _leaf(f"{name}.signs", q.signs, (*lead, rows), _FLOATS)
+        _leaf(f"{name}.signs", q.signs, (*lead, rows), (*_FLOATS, "int8"))
+        _arrays(name, signs=q.signs)
+        if not bool(jnp.all(jnp.abs(q.signs) == 1)):
+            raise FormatError(f"{name}.signs: expected +1 and -1 only")
+    elif isinstance(q, SplitInputs):
+        _arrays(name, rows=q.rows, index=q.index)
+        count = int(q.index.shape[-1]) if len(q.index.shape) else 0
+        _leaf(f"{name}.rows", q.rows, (*lead, count, cols), _FLOATS)
+        _leaf(f"{name}.index", q.index, (*lead, count), ("int32",))
+        _check_index(f"{name}.index", q.index, rows)
+    elif isinstance(q, Incoherent):
+        for field, leaf, size in (("left", q.left, rows), ("right", q.right, cols)):
+            if leaf is not None:
+                _leaf_of_incoherent(f"{name}.{field}", leaf, lead, size)
     elif isinstance(q, LowRank):
         rank = int(q.a.shape[-1])
         _leaf(f"{name}.a", q.a, (*lead, rows, rank), _FLOATS)
@@ -203,14 +283,48 @@ def _check_wrapper(name: str, q: Wrapper) -> None:
         count = (*lead, int(q.values.shape[-1]))
         _leaf(f"{name}.values", q.values, count, _FLOATS)
         for field, index, size in (("rows", q.rows, rows), ("cols", q.cols, cols)):
-            _leaf(f"{name}.{field}", index, count, ("int32",))
+            _leaf(f"{name}.{field}", index, count, ("int32", "uint16"))
             if math.prod(count) and not (
                 0 <= int(jnp.min(index)) <= int(jnp.max(index)) < size
             ):
                 raise FormatError(f"{name}.{field}: index outside 0..{size - 1}")
 
 
+def _arrays(name: str, **leaves: Any) -> None:
+    """Raises unless leaves are arrays: not missing, nor quantized themselves."""
+    for field, leaf in leaves.items():
+        if leaf is None or isinstance(leaf, QuantizedTensor):
+            raise FormatError(f"{name}.{field}: expected an array, got {leaf!r}")
+
+
+def _check_index(name: str, index: Any, rows: int) -> None:
+    """Raises unless rows are distinct, but for unused slots, which hold `rows`."""
+    ordered = jnp.sort(index, axis=-1)
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] < rows)
+    inside = jnp.all((ordered >= 0) & (ordered <= rows))
+    if not bool(inside) or bool(jnp.any(twice)):
+        raise FormatError(f"{name}: expected distinct rows of 0..{rows - 1}")
+
+
+def _leaf_of_incoherent(name: str, leaf: Any, lead: tuple[int, ...], size: int):
+    if isinstance(leaf, QuantizedTensor):
+        raise FormatError(f"{name}: expected an array, got {leaf!r}")
+    packed = jnp.dtype(leaf.dtype) == jnp.uint8
+    if size % 2:
+        raise FormatError(f"{name}: an axis of {size} has no block to rotate")
+    shape = (*lead, sign_bytes(size) if packed else size)
+    _leaf(name, leaf, shape, (*_FLOATS, "float8_e4m3fn", "uint8"))
+
+
+def _codes_shape(q: LayoutTensor) -> tuple[int, int]:
+    if isinstance(q, TrellisTensor):
+        return (q.matrix[0] // TILE, q.matrix[1] * q.format.bits)
+    return codes_shape(q.format, q.matrix)
+
+
 def _codes_dtype(fmt: Format) -> Any:
+    if isinstance(fmt, Trellis):
+        return jnp.uint16
     if isinstance(fmt, Int):
         return jnp.int8 if fmt.signed else jnp.uint8
     if isinstance(fmt, TableFormat):

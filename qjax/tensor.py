@@ -9,7 +9,7 @@ Invariants, for a tensor of logical shape `[*lead, in, out]`:
 
 * every leaf is `[*lead, ...]`;
 * `AffineTensor`: `w = (code - zero) * scale`;
-* `CodebookTensor`: `w = table[code] * scale + offset`;
+* `CodebookTensor`: `w = table[code] * scale + offset`, absent leaves being 1 and 0;
 * `MinifloatTensor`: `w = float(code) * (scale / global_scale)`, absent leaves being 1;
 * `scale` is an array or itself a `QuantizedTensor` (double quantization); so is `zero`,
   if `scale` is;
@@ -37,6 +37,7 @@ from qjax.formats.affine import Int
 from qjax.formats.base import Format, divided, format_from_dict, rounded
 from qjax.formats.codebook import TableFormat
 from qjax.formats.grouping import Grouping
+from qjax.formats.kmeans import KMeans
 from qjax.formats.minifloat import (
     Cast,
     Minifloat,
@@ -230,9 +231,10 @@ class CodebookTensor(LayoutTensor):
 
     Attributes:
       codes: uint8 `[*lead, packed(in), out]`, or flat.
-      scale: `[*lead, in / block, out]` (flat: `[*lead, blocks, 1]`), or nested.
+      scale: `[*lead, in / block, out]` (flat: `[*lead, blocks, 1]`), or nested; None
+        when every column has a table of its own.
       codebook: float32 `[*lead, 2**bits]` when learned or read from a file; None means
-        the format's own table.
+        the format's own table. `KMeans` without groups: float `[*lead, 2**bits, out]`.
       offset: float32 `[*lead, 1, 1]` or None; the mean that double quantization
         subtracts.
       format: a table format.
@@ -248,11 +250,22 @@ class CodebookTensor(LayoutTensor):
     matrix: tuple[int, int] = dataclasses.field(metadata={"static": True})
     dtype: str = dataclasses.field(default="float32", metadata={"static": True})
 
-    def table(self) -> Float[Array, "*lead levels"]:
-        """The value of each code."""
+    def table(self) -> Float[Array, "*lead levels"] | Float[Array, "*lead levels out"]:
+        """The value of each code, float32; of each code of each column."""
         if self.codebook is None:
             return jnp.asarray(self.format.table)
-        return self.codebook
+        return self.codebook.astype(jnp.float32)
+
+    @property
+    def columnwise(self) -> bool:
+        """Whether every output column has a table of its own."""
+        return isinstance(self.format, KMeans) and self.format.columnwise
+
+    def scales(self) -> Float[Array, "*lead s t"]:
+        """Effective float32 scales."""
+        if self.scale is None:
+            return jnp.ones((*self.codes.shape[:-2], 1, 1), jnp.float32)
+        return load_scale(self.scale)
 
     def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
         """See `QuantizedTensor.dequantize`."""
@@ -260,10 +273,13 @@ class CodebookTensor(LayoutTensor):
         codes = self.unpacked()
         if self.codebook is None:
             values = self.format.decode(codes)
+        elif self.columnwise:
+            values = jnp.take_along_axis(self.table(), codes.astype(jnp.int32), -2)
         else:
             flat = codes.reshape(*codes.shape[:-2], -1).astype(jnp.int32)
             values = jnp.take_along_axis(self.codebook, flat, -1).reshape(codes.shape)
-        values = group.join(group.split(values) * group.load(self.scales()))
+        if self.scale is not None:
+            values = group.join(group.split(values) * group.load(self.scales()))
         if self.offset is not None:
             values = rounded(values) + self.offset
         return values.astype(dtype or self.dtype)
@@ -345,6 +361,7 @@ def assemble(
     matrix: tuple[int, int],
     *,
     zero: Any = None,
+    codebook: Any = None,
     offset: Any = None,
     global_scale: Any = None,
     dtype: str = "float32",
@@ -355,9 +372,10 @@ def assemble(
     Args:
       fmt: the format.
       codes: one code per weight in matrix form, as `Format.encode` returns them.
-      scale: stored scale leaf, nested tensor, or None (`Cast`).
+      scale: stored scale leaf, nested tensor, or None (`Cast`, tables of columns).
       matrix: logical `(in, out)`.
       zero: stored zero-point leaf of an asymmetric `Int`.
+      codebook: learned tables.
       offset: offset leaf of a nested scale.
       global_scale: NVFP4's divisor.
       dtype: logical dtype name.
@@ -373,7 +391,7 @@ def assemble(
     if isinstance(fmt, Int):
         return AffineTensor(codes, scale, zero, fmt, matrix, dtype)
     if isinstance(fmt, TableFormat):
-        return CodebookTensor(codes, scale, None, offset, fmt, matrix, dtype)
+        return CodebookTensor(codes, scale, codebook, offset, fmt, matrix, dtype)
     if isinstance(fmt, Minifloat | Cast):
         return MinifloatTensor(codes, scale, global_scale, fmt, matrix, dtype)
     raise SpecError(f"format {fmt!r} has no tensor class")

@@ -19,6 +19,9 @@ from jaxtyping import Array, Float
 from qjax.errors import SpecError
 from qjax.tensor import QuantizedTensor, pytree_node
 
+ACTIVATIONS = ("int8", "float8_e4m3fn")
+"""What activations can be rounded to."""
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Wrapper(QuantizedTensor):
@@ -117,7 +120,7 @@ class Rotated(Wrapper):
     base is multiplied by.
 
     Attributes:
-      signs: float `[*lead, in]` of +1 and -1.
+      signs: int8 (or float, in files of earlier versions) `[*lead, in]`, +1 and -1.
     """
 
     signs: Any
@@ -135,8 +138,8 @@ class WithOutliers(Wrapper):
 
     Attributes:
       values: float `[*lead, n]`.
-      rows: int32 `[*lead, n]`, input indices.
-      cols: int32 `[*lead, n]`, output indices.
+      rows: int32 or uint16 `[*lead, n]`, input indices.
+      cols: the same, output indices.
     """
 
     values: Any
@@ -153,6 +156,51 @@ class WithOutliers(Wrapper):
         for _ in lead:
             add = jax.vmap(add)
         return add(w, self.values, self.rows, self.cols)
+
+
+@pytree_node
+@dataclasses.dataclass(frozen=True, repr=False)
+class SplitInputs(Wrapper):
+    """`w = base`, but for some rows: `w[index[k]] = rows[k]` (LLM.int8()).
+
+    The base is multiplied by the activations without the features at `index`, which
+    are multiplied by `rows` instead: their magnitude takes no part in the scale of
+    rounded activations, and what the base holds in their rows does not matter.
+
+    Attributes:
+      rows: float `[*lead, n, out]`.
+      index: int32 `[*lead, n]`, distinct inputs; `in` marks a slot that is not used.
+    """
+
+    rows: Any
+    index: Any
+
+    def compose(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Replaces rows."""
+
+        def put(m, rows, index):
+            return m.at[index].set(rows.astype(jnp.float32), mode="drop")
+
+        for _ in w.shape[:-2]:
+            put = jax.vmap(put)
+        return put(w, self.rows, self.index)
+
+
+@pytree_node
+@dataclasses.dataclass(frozen=True, repr=False)
+class RoundedInputs(Wrapper):
+    """`w = base`, multiplied by activations that are rounded first (W8A8, W4A8).
+
+    Attributes:
+      activation: what one row of activations is rounded to, with a scale of its own:
+        `"int8"` or `"float8_e4m3fn"`; see `qjax.ops.matmul`.
+    """
+
+    activation: str = dataclasses.field(default="int8", metadata={"static": True})
+
+    def compose(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The base itself."""
+        return w
 
 
 @pytree_node
@@ -174,7 +222,9 @@ class LowRank(Wrapper):
         return w + jnp.matmul(a, b, precision="highest")
 
 
-def hadamard(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+def hadamard(
+    x: Float[Array, "*batch n"], most: int | None = None
+) -> Float[Array, "*batch n"]:
     """Multiplies the last axis by a blockwise orthonormal Hadamard matrix.
 
     The block is the largest power of two dividing `n`; the transform is symmetric, so
@@ -182,6 +232,7 @@ def hadamard(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
 
     Args:
       x: float array.
+      most: bound of the block, a power of two.
 
     Returns:
       Array of the same shape and dtype.
@@ -190,7 +241,7 @@ def hadamard(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
       SpecError: `n` is odd, so that there is nothing to rotate.
     """
     n = x.shape[-1]
-    block = n & -n
+    block = n & -n if most is None else min(n & -n, most)
     if block < 2:
         raise SpecError(f"hadamard: size {n} is odd, so it has no block to rotate")
     lead = x.shape[:-1]

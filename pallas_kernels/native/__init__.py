@@ -22,7 +22,7 @@ import jax
 FOLDER = Path(__file__).parent
 VARIABLE = "QJAX_NATIVE"
 ISAS = ("amx", "avx512", "avxvnni", "avx2", "neon", "plain", "amx-emulated")
-TARGETS = ("qjax_attention", "qjax_matmul", "qjax_stream_read")
+TARGETS = ("qjax_attention", "qjax_matmul", "qjax_stream_read", "qjax_trellis")
 UNBUILT = "unbuilt.txt"
 """Written by `setup.py` when it could not build: the reason."""
 

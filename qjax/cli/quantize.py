@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 import rich.table
 import tyro
 
+from qjax.allocate import allocate_checkpoint
 from qjax.cli.output import Output
+from qjax.errors import SpecError
 from qjax.quantize import Progress, quantize_checkpoint
 from qjax.tensor import format_bytes
 
@@ -21,6 +23,14 @@ class Quantize:
     """Directory to write. An interrupted run is continued by the same command."""
     recipe: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")] = "int4-g128"
     """Preset name (int8, int4-g128, nf4, hqq-int3-g64, ...) or JSON recipe."""
+    calibration: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Text for recipes that calibrate (gptq-*, awq-*, best-*, ...); its first 128
+    windows of 512 tokens are used."""
+    target_bits: float | None = None
+    """Average bits per quantized weight: the recipe's format gets a width of its own in
+    every layer. Needs --calibration and the dense model in memory."""
+    report: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """With --target-bits: directory for the chosen map, as JSON and as a plot."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     nonfinite: Literal["raise", "zero", "clip"] = "raise"
@@ -33,6 +43,21 @@ class Quantize:
 
     def run(self) -> None:
         """Quantizes, then prints sizes and errors."""
+        recipe, allocation = self.recipe, None
+        if self.target_bits is not None:
+            with self.output.progress("allocating") as update:
+                allocation = allocate_checkpoint(
+                    self.model,
+                    self.recipe,
+                    self.target_bits,
+                    calibration=self.calibration,
+                    revision=self.revision,
+                    report=self.report,
+                    progress=update,
+                )
+            recipe = allocation.recipe
+        elif self.report is not None:
+            raise SpecError("--report: describes an allocation; give --target-bits too")
         with self.output.progress("quantizing") as update:
 
             def show(step: Progress) -> None:
@@ -41,7 +66,8 @@ class Quantize:
             report = quantize_checkpoint(
                 self.model,
                 self.to,
-                self.recipe,
+                recipe,
+                calibration=self.calibration,
                 revision=self.revision,
                 overwrite=self.force,
                 nonfinite=self.nonfinite,
@@ -79,4 +105,7 @@ class Quantize:
                 console.print(
                     f"{entry['name']}: {entry['nonfinite']} NaN or Inf {done}"
                 )
-        self.output.results(report.to_dict())
+        result = report.to_dict()
+        if allocation is not None:
+            result["allocation"] = allocation.to_dict()
+        self.output.results(result)

@@ -7,6 +7,7 @@ run a model on its tasks.
 
 from qjax.evaluate.perplexity import evaluate as evaluate
 from qjax.evaluate.perplexity import summarize as summarize
+from qjax.evaluate.plots import plot_allocation as plot_allocation
 from qjax.evaluate.plots import plot_layer_errors as plot_layer_errors
 from qjax.evaluate.plots import plot_memory as plot_memory
 from qjax.evaluate.plots import plot_tensor as plot_tensor

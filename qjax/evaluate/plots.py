@@ -67,6 +67,56 @@ def save(figure: Any, path: Path) -> Path:
     return path
 
 
+def plot_allocation(units: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draw how many bits every group of kernels got: layers across, kinds down.
+
+    Args:
+        units: Each with `paths` and `bits`, as `qjax.allocate` reports them.
+        path: PNG file to write.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        SpecError: There are no units.
+    """
+    cells: dict[str, dict[int, float]] = {}
+    for unit in units:
+        layer, kind = _layer_and_kind(unit["paths"][0])
+        names = [_layer_and_kind(p)[1].rpartition(".")[2] for p in unit["paths"][1:]]
+        label = ", ".join([kind, *names])
+        cells.setdefault(label, {})[layer] = float(unit["bits"])
+    if not cells:
+        raise SpecError("plot: no units to draw")
+    layers = sorted({layer for row in cells.values() for layer in row})
+    grid = np.full((len(cells), len(layers)), np.nan)
+    for i, row in enumerate(cells.values()):
+        for layer, bits in row.items():
+            grid[i, layers.index(layer)] = bits
+    with require_matplotlib().rc_context(STYLE):
+        figure = canvas(2.6 + 0.55 * len(layers), 1.6 + 0.5 * len(cells))
+        axes = figure.subplots()
+        image = axes.imshow(grid, aspect="auto", cmap="Blues", vmin=0)
+        middle = np.nanmax(grid) / 2
+        for (i, j), bits in np.ndenumerate(grid):
+            if np.isfinite(bits):
+                color = "white" if bits > middle else INK
+                axes.text(j, i, f"{bits:.2g}", ha="center", va="center", color=color)
+        axes.set_yticks(range(len(cells)), list(cells))
+        axes.set_xticks(range(len(layers)), layers)
+        axes.set_xlabel("layer")
+        axes.set_title("Bits per weight")
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        image.set_clim(0, max(8.0, float(np.nanmax(grid))))
+        return save(figure, path)
+
+
+def _layer_and_kind(name: str) -> tuple[int, str]:
+    """Return layer 3 and kind `attn.q` of `layers.3.attn.q.kernel`."""
+    found = re.fullmatch(r".*?layers\.(\d+)\.(.+?)(\.kernel)?", name)
+    return (int(found[1]), found[2]) if found else (0, name)
+
+
 def plot_layer_errors(tensors: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Draw the weight error of every quantized tensor: one panel per kind of matrix.
 
@@ -83,8 +133,7 @@ def plot_layer_errors(tensors: Sequence[Mapping[str, Any]], path: Path) -> Path:
     for tensor in tensors:
         if tensor.get("error") is None:
             continue
-        found = re.fullmatch(r".*?layers\.(\d+)\.(.+?)(\.kernel)?", tensor["name"])
-        layer, kind = (int(found[1]), found[2]) if found else (0, tensor["name"])
+        layer, kind = _layer_and_kind(tensor["name"])
         kinds.setdefault(kind, []).append((layer, float(tensor["error"])))
     if not kinds:
         raise SpecError("plot: no tensor has an error to draw")

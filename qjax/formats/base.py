@@ -31,7 +31,11 @@ class Described:
         """JSON-ready description: `{"kind": class name, field: value, ...}`."""
         own: Any = self
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(own)}
-        return {"kind": type(self).__name__, **fields}
+        plain = {
+            name: value.to_dict() if isinstance(value, Described) else value
+            for name, value in fields.items()
+        }
+        return {"kind": type(self).__name__, **plain}
 
 
 def build_described(

@@ -55,23 +55,7 @@ _FP4_MAGNITUDE = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
 @dataclasses.dataclass(frozen=True)
 class TableFormat(Format):
-    """Base of formats whose codes index a fixed table with values in [-1, 1].
-
-    Attributes:
-      block: weights per scale, a power of two from 32 to 4096.
-      double: store the scales as 8-bit codes themselves (double quantization).
-      scale_dtype: dtype of the scales when they are not quantized.
-    """
-
-    block: int = 64
-    double: bool = False
-    scale_dtype: str = "float32"
-    code_bits: ClassVar[int] = 4
-
-    def __post_init__(self) -> None:
-        where = type(self).__name__
-        check_choice(where, "block", self.block, BLOCKS)
-        check_choice(where, "scale_dtype", self.scale_dtype, FLOAT_SCALES)
+    """Base of formats whose codes index a table with values in [-1, 1]."""
 
     @property
     @abc.abstractmethod
@@ -79,20 +63,9 @@ class TableFormat(Format):
         """Value of each code, float32, in code order."""
 
     @property
-    def name(self) -> str:
-        """Short name, for example `nf4-b64-dq`."""
-        dq = "-dq" if self.double else ""
-        return f"{type(self).__name__.lower()}-b{self.block}{dq}"
-
-    @property
     def peak(self) -> float:
         """The tables end at 1."""
         return 1.0
-
-    def grouping(self, matrix: tuple[int, int]) -> Grouping:
-        """Blocks along `in`, or flat when `in` is not a multiple of the block."""
-        aligned = matrix[0] % self.block == 0
-        return Grouping("in" if aligned else "flat", matrix, self.block)
 
     def encode(self, u: Float[Array, "..."]) -> UInt8[Array, "..."]:
         """Nearest table entry; exactly on a midpoint the lower value wins."""
@@ -119,7 +92,39 @@ class TableFormat(Format):
 
 
 @dataclasses.dataclass(frozen=True)
-class NF4(TableFormat):
+class BlockTable(TableFormat):
+    """Base of bitsandbytes' formats: one fixed table, one scale per block.
+
+    Attributes:
+      block: weights per scale, a power of two from 32 to 4096.
+      double: store the scales as 8-bit codes themselves (double quantization).
+      scale_dtype: dtype of the scales when they are not quantized.
+    """
+
+    block: int = 64
+    double: bool = False
+    scale_dtype: str = "float32"
+    code_bits: ClassVar[int] = 4
+
+    def __post_init__(self) -> None:
+        where = type(self).__name__
+        check_choice(where, "block", self.block, BLOCKS)
+        check_choice(where, "scale_dtype", self.scale_dtype, FLOAT_SCALES)
+
+    @property
+    def name(self) -> str:
+        """Short name, for example `nf4-b64-dq`."""
+        dq = "-dq" if self.double else ""
+        return f"{type(self).__name__.lower()}-b{self.block}{dq}"
+
+    def grouping(self, matrix: tuple[int, int]) -> Grouping:
+        """Blocks along `in`, or flat when `in` is not a multiple of the block."""
+        aligned = matrix[0] % self.block == 0
+        return Grouping("in" if aligned else "flat", matrix, self.block)
+
+
+@dataclasses.dataclass(frozen=True)
+class NF4(BlockTable):
     """NormalFloat4: quantiles of a normal distribution, as in QLoRA.
 
     Bits per weight: `4 + 32 / block`, with `double` `4 + 8 / block + 32 / (256 block)`.
@@ -134,7 +139,7 @@ class NF4(TableFormat):
 
 
 @dataclasses.dataclass(frozen=True)
-class FP4(TableFormat):
+class FP4(BlockTable):
     """bitsandbytes' 4-bit float: bit 3 is the sign, magnitudes are not IEEE ordered.
 
     Reference: bitsandbytes `functional.get_4bit_type("fp4")`.
@@ -148,7 +153,7 @@ class FP4(TableFormat):
 
 
 @dataclasses.dataclass(frozen=True)
-class Dynamic8(TableFormat):
+class Dynamic8(BlockTable):
     """bitsandbytes' 8-bit dynamic map: 256 values with 0 to 6 decimal exponents.
 
     Attributes:

@@ -15,12 +15,15 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 import qjax.pallas_kernels.device as device
+from qjax.additive import AdditiveTensor
 from qjax.errors import NonFiniteError, SpecError
-from qjax.formats import Format, Int
+from qjax.formats import Additive, Format, Int, KMeans, Trellis
 from qjax.formats.base import check_choice
+from qjax.formats.trellis import TILE
 from qjax.methods.base import Method
 from qjax.methods.rtn import RTN
 from qjax.methods.statistics import Statistics
+from qjax.methods.trellis import TrellisLDLQ
 from qjax.scales import nvfp4_divisor, store_scale
 from qjax.tensor import (
     LayoutTensor,
@@ -28,6 +31,7 @@ from qjax.tensor import (
     assemble,
     with_dtype,
 )
+from qjax.trellis import TrellisTensor
 from qjax.wrappers import Transposed
 
 NONFINITE = ("raise", "zero", "clip")
@@ -51,7 +55,7 @@ def quantize(
     Args:
       w: float array, NumPy or JAX, rank >= 2. Leading axes are batched.
       fmt: the number format.
-      method: how codes are chosen; default `RTN()`.
+      method: how codes are chosen; default `RTN()`, for a trellis `TrellisLDLQ()`.
       axis: the contraction axis, -2 (kernels) or -1. With -1 (embedding tables
         `[vocab, dim]`, torch weights `[out, in]`) the result is `Transposed`.
       importance: non-negative error weights broadcastable to `w`.
@@ -109,7 +113,7 @@ def quantize(
         q = _quantize(
             w,
             fmt,
-            method or RTN(),
+            method or (TrellisLDLQ() if isinstance(fmt, Trellis) else RTN()),
             importance,
             key,
             statistics,
@@ -183,6 +187,12 @@ def _empty(shape, fmt: Format) -> LayoutTensor:
     """A tensor with a zero-sized axis: no weights, unit scales, nothing to choose."""
     matrix = (shape[-2], shape[-1])
     lead = shape[:-2]
+    if isinstance(fmt, Trellis):
+        words = (*lead, matrix[0] // TILE, matrix[1] * fmt.bits)
+        one = jnp.ones((*lead, 1, 1), jnp.float32)
+        return TrellisTensor(jnp.zeros(words, jnp.uint16), one, fmt, matrix)
+    if isinstance(fmt, Additive) or (isinstance(fmt, KMeans) and fmt.columnwise):
+        return _empty_tables(shape, fmt)
     codes = fmt.encode(jnp.zeros(shape, jnp.float32))
     if not hasattr(fmt, "scale_dtype"):
         return assemble(fmt, codes, None, matrix)
@@ -195,3 +205,23 @@ def _empty(shape, fmt: Format) -> LayoutTensor:
         zero = jnp.zeros_like(ones).astype(fmt.zero_dtype)
     stored = store_scale(fmt, ones, divisor)[0]
     return assemble(fmt, codes, stored, matrix, zero=zero, global_scale=divisor)
+
+
+def _empty_tables(shape, fmt: Additive | KMeans) -> LayoutTensor:
+    """`_empty` for formats that have no codes without learned tables."""
+    *lead, rows, cols = shape
+    matrix = (rows, cols)
+    if isinstance(fmt, KMeans):
+        tables = jnp.zeros((*lead, fmt.levels, cols), fmt.table_dtype)
+        codes = jnp.zeros(shape, jnp.uint8)
+        return assemble(fmt, codes, None, matrix, codebook=tables)
+    fmt.grouping(matrix)
+    codes = (*lead, rows // fmt.group * fmt.codebooks, cols)
+    books = (*lead, fmt.codebooks, fmt.levels, fmt.group)
+    return AdditiveTensor(
+        jnp.zeros(codes, f"uint{fmt.code_bits}"),
+        jnp.ones((*lead, 1, cols), fmt.scale_dtype),
+        jnp.zeros(books, fmt.table_dtype),
+        fmt,
+        matrix,
+    )

@@ -2,9 +2,11 @@
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
+import jax
 from jaxtyping import Array, Float
 
 from qjax.errors import SpecError
@@ -30,9 +32,13 @@ class Method(Described, abc.ABC):
       needs: fields of `Statistics` without which the method cannot run: any of
         `"square"` (which stands for all sums per feature), `"hessian"`, `"cross"` and
         `"gradient"`.
+      uses: fields that make it better where there is calibration, and are not needed.
+      eager: `prepare` reads values, so it runs outside of `jit`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    uses: ClassVar[frozenset[str]] = frozenset()
+    eager: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -112,10 +118,49 @@ class Method(Described, abc.ABC):
         return statistics
 
 
+def needs_of(method: Method) -> frozenset[str]:
+    """Fields of `Statistics` that a method and the methods inside it need."""
+    return frozenset().union(*(m.needs for m in nested(method)))
+
+
+def uses_of(method: Method) -> frozenset[str]:
+    """Fields that they need or are better with."""
+    return frozenset().union(*(m.needs | m.uses for m in nested(method)))
+
+
+def nested(method: Method) -> Iterator[Method]:
+    """A method and those inside it, from the outside in."""
+    yield method
+    for field in dataclasses.fields(method):
+        if isinstance(inner := getattr(method, field.name), Method):
+            yield from nested(inner)
+
+
+def prepare(
+    method: Method,
+    fmt: Format,
+    weights: Sequence[Float[Array, "in _"]],
+    statistics: Statistics | None,
+) -> Any:
+    """`Method.prepare`, compiled once per method, format and shapes."""
+    if any(m.eager for m in nested(method)):
+        return method.prepare(weights, fmt, statistics)
+    return _prepare(method, fmt, tuple(weights), statistics)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prepare(method, fmt, weights, statistics):
+    return method.prepare(weights, fmt, statistics)
+
+
 def method_from_dict(spec: dict[str, Any]) -> Method:
     """Builds a method from `Method.to_dict()` output.
 
     Raises:
       SpecError: the kind or a field is unknown, or a value is out of range.
     """
-    return build_described("method", _REGISTRY, spec)
+    built = {
+        key: method_from_dict(value) if isinstance(value, dict) else value
+        for key, value in spec.items()
+    }
+    return build_described("method", _REGISTRY, built)

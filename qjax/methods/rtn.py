@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qjax.errors import SpecError
-from qjax.formats import Cast, Format, Grouping, Int
+from qjax.formats import Cast, Format, Grouping, Int, Trellis
 from qjax.formats.base import check_choice, divided, rounded
 from qjax.formats.codebook import TableFormat
 from qjax.methods.base import Method
@@ -93,6 +93,8 @@ class RTN(Method):
         del statistics, shared
         if self.stochastic and key is None:
             raise SpecError("RTN(stochastic=True) needs a random key: pass key=")
+        if isinstance(fmt, Trellis):
+            raise SpecError(f"RTN cannot encode {fmt.name}; use TrellisLDLQ")
         matrix = (w.shape[-2], w.shape[-1])
         rounder = key if self.stochastic else None
         if isinstance(fmt, Cast):
@@ -101,10 +103,11 @@ class RTN(Method):
         problem = Problem.build(w, fmt, importance)
         if isinstance(fmt, TableFormat) and self.rule in ("auto", "absmax"):
             return _absmax_table(problem, rounder)
-        scale, zero = self._fit(problem)
+        scale, zero = self.fit(problem)
         return problem.finish(scale, zero, rounder)
 
-    def _fit(self, p: "Problem"):
+    def fit(self, p: "Problem"):
+        """The `(scale, zero)` of the rule, in stored precision."""
         if self.rule == "mse":
             low, high = p.full_range()
             return refine(p, *_grid_search(p, low, high, self.shrink, self.grid))

@@ -60,17 +60,19 @@ class Statistics:
           cross: collect products with the original inputs.
           gradient: shape of the weight whose squared gradients are collected.
         """
-        matrix = (features, features)
-        zeros = jnp.zeros((features,), jnp.float32)
+
+        def zeros(*shape: int) -> Array:  # arrays of their own, so they can be donated
+            return jnp.zeros(shape, jnp.float32)
+
         return cls(
-            jnp.zeros((), jnp.float32),
-            zeros,
-            zeros,
-            zeros,
-            zeros,
-            jnp.zeros(matrix, jnp.float32) if hessian else None,
-            jnp.zeros(matrix, jnp.float32) if cross else None,
-            jnp.zeros(gradient, jnp.float32) if gradient else None,
+            count=zeros(),
+            total=zeros(features),
+            size=zeros(features),
+            square=zeros(features),
+            peak=zeros(features),
+            hessian=zeros(features, features) if hessian else None,
+            cross=zeros(features, features) if cross else None,
+            gradient=zeros(*gradient) if gradient else None,
         )
 
     def add(

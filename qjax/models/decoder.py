@@ -60,6 +60,7 @@ class Decoder(nnx.Module):
         on_cpu = jax.default_backend() == "cpu"
         self.config = config
         self.assets: Any = None  # set by qjax.load: what to copy when saving
+        self.report: Any = None  # set by qjax.quantize_model
         self.dtype = np.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
         self.embed = Embedding(_placed(params, "embed"), config, self.dtype)
         layers: list[dict[str, Any]] = [{} for _ in range(config.layers)]
@@ -164,10 +165,7 @@ class Decoder(nnx.Module):
             keys = jax.lax.dynamic_update_slice(
                 cache.positions, positions, (jnp.zeros((), jnp.int32), index)
             )
-        tables = [rope_angles(rope, positions) for rope in self.config.ropes]
-        cos = jnp.stack([table[0] for table in tables]) if tables else None
-        sin = jnp.stack([table[1] for table in tables]) if tables else None
-        return Positions(positions, keys, cos, sin, index)
+        return positions_of(self.config, positions, keys, index)
 
     def init_cache(
         self, batch: int, length: int, dtype: Any = None, *, rotate: str = "none"
@@ -241,6 +239,19 @@ class Decoder(nnx.Module):
                 f"{time} positions exceed this model's {self.config.max_context} "
                 "learned positions; use a shorter context"
             )
+
+
+def positions_of(
+    config: ModelConfig,
+    positions: Int[Array, "batch time"],
+    keys: Int[Array, "batch length"],
+    index: Int[Array, ""],
+) -> Positions:
+    """Returns what all layers of a call share, with its rotary tables."""
+    tables = [rope_angles(rope, positions) for rope in config.ropes]
+    cos = jnp.stack([table[0] for table in tables]) if tables else None
+    sin = jnp.stack([table[1] for table in tables]) if tables else None
+    return Positions(positions, keys, cos, sin, index)
 
 
 def _placed(params: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 A block of rows (`in`) or columns (`out`) of a `LayoutTensor` is a `LayoutTensor` of the
 same format with slices of the same leaves, so whatever works on a weight works on a
 block, and no dense weight larger than a block ever exists. Cuts fall between packing
-units and between groups; the flat layout can only be cut along `out`.
+units and between groups; the flat layout can only be cut along `out`, and a trellis
+between tiles.
 """
 
 import dataclasses
@@ -14,8 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Shaped
 
+from qjax.additive import AdditiveTensor, decode_additive
+from qjax.formats.kmeans import lookup
+from qjax.formats.trellis import TILE
 from qjax.packing import packed_rows, row_multiple
 from qjax.tensor import (
     AffineTensor,
@@ -25,6 +29,7 @@ from qjax.tensor import (
     load_scale,
     load_zero,
 )
+from qjax.trellis import TrellisTensor
 
 Axis = Literal["in", "out"]
 Window = tuple[int, Any, int]
@@ -81,6 +86,10 @@ def zeros_like_sum(shape: tuple[int, ...], dtype: Any, *terms: Array) -> Array:
 def cut_step(q: LayoutTensor, axis: Axis) -> int | None:
     """Multiple at which `q` can be cut along `axis`; None when it cannot be cut."""
     group = q.grouping
+    if isinstance(q, TrellisTensor):
+        return TILE
+    if isinstance(q, AdditiveTensor):
+        return q.format.group if axis == "in" else 1
     unit = row_multiple(q.format.code_bits) if q.format.code_bits < 8 else 1
     if group.kind == "flat":
         rows, whole = q.matrix[0], math.lcm(group.size, unit)
@@ -103,6 +112,13 @@ def windows(q: LayoutTensor, axis: Axis, start: Any, size: int) -> dict[str, Win
       Field name to window; fields that a block shares with the whole are absent.
     """
     group, bits = q.grouping, min(q.format.code_bits, 8)
+    if isinstance(q, TrellisTensor):
+        if axis == "in":
+            return {"codes": (0, start // TILE, size // TILE)}
+        return {"codes": (1, start * bits, size * bits)}
+    if isinstance(q, AdditiveTensor) and axis == "in":
+        per, vector = q.format.codebooks, q.format.group
+        return {"codes": (0, start // vector * per, size // vector * per)}
     if group.kind == "flat":
         rows = q.matrix[0]
         groups = -(-size * rows // group.size)
@@ -126,11 +142,13 @@ def windows(q: LayoutTensor, axis: Axis, start: Any, size: int) -> dict[str, Win
 
 
 def _present(q: LayoutTensor, codes: Window, stats: Window) -> dict[str, Window]:
-    """Windows of the leaves that exist: codes, scale and zero."""
+    """Windows of the leaves that exist: codes, scale, zero, tables of columns."""
     found = {"codes": codes}
     for name in ("scale", "zero"):
         if getattr(q, name, None) is not None:
             found[name] = stats
+    if getattr(q, "columnwise", False) and codes[0] == 1:
+        found["codebook"] = codes
     return found
 
 
@@ -160,6 +178,8 @@ def cut_leaf(leaf: Shaped[Array, "..."], start: Any, size: int, axis: int) -> Ar
 
 def decode(q: LayoutTensor) -> Float[Array, "in out"]:
     """`q.dequantize(float32)` with 16-entry tables read by selection, not gathers."""
+    if isinstance(q, AdditiveTensor):
+        return decode_additive(q.codes, q.codebooks, q.scale)
     values = code_values(q, q.unpacked())
     if q.scale is None:
         return values
@@ -207,22 +227,3 @@ def scale_values(leaf: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]:
     if leaf.dtype in FLOAT8:
         return float8_values(leaf)
     return load_scale(leaf)
-
-
-def lookup(
-    codes: Int[Array, "*shape"], table: Float[Array, " levels"]
-) -> Float[Array, "*shape"]:
-    """`table[codes]`: up to 16 levels by a tree of selections, more by a gather."""
-    levels = table.shape[0]
-    if levels > 16 or levels & (levels - 1):
-        return table.at[codes.astype(jnp.int32)].get(mode="clip")
-    nodes: list[Shaped[Array, ...]] = [table[i] for i in range(levels)]
-    bit = 1
-    while len(nodes) > 1:
-        odd = (codes & jnp.asarray(bit, codes.dtype)) != 0
-        nodes = [
-            jnp.where(odd, high, low)
-            for low, high in zip(nodes[::2], nodes[1::2], strict=True)
-        ]
-        bit *= 2
-    return jnp.broadcast_to(nodes[0], codes.shape)

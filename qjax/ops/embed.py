@@ -13,15 +13,27 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from qjax.additive import AdditiveTensor
 from qjax.errors import SpecError, UnsupportedError
-from qjax.ops.blocks import code_values, cut_leaf, materialize_scale, scale_values
+from qjax.formats.trellis import TILE
+from qjax.ops.blocks import (
+    code_values,
+    cut_leaf,
+    decode,
+    materialize_scale,
+    replaced,
+    scale_values,
+    take,
+)
 from qjax.packing import row_multiple, unpack
 from qjax.tensor import LayoutTensor, QuantizedTensor
+from qjax.trellis import Incoherent, TrellisTensor
 from qjax.wrappers import (
     InputScaled,
     LowRank,
     Permuted,
     Rotated,
+    SplitInputs,
     Transposed,
     hadamard,
 )
@@ -88,8 +100,18 @@ def _rows(w, ids, transpose):
         if transpose:
             return jnp.take(_rows(w.base, ids, True), inverse, axis=-1)
         return _rows(w.base, inverse[ids], False)
+    if isinstance(w, SplitInputs):
+        base, rows = _rows(w.base, ids, transpose), w.rows.astype(jnp.float32)
+        if transpose:
+            return base.at[:, w.index].set(rows[:, ids].T, mode="drop")
+        own = ids[:, None] == w.index[None, :]
+        found = jnp.any(own, axis=1, keepdims=True)
+        return jnp.where(found, own.astype(jnp.float32) @ rows, base)
     if isinstance(w, Rotated) and transpose:
         return hadamard(_rows(w.base, ids, True)) * w.signs.astype(jnp.float32)
+    if isinstance(w, Incoherent) and w.right is None and transpose:
+        rows = _rows(w.base, ids, True)
+        return rows if w.left is None else hadamard(rows, w.block) * w.factors("left")
     raise UnsupportedError(
         f"embed: cannot gather rows through {type(w).__name__}; use "
         "embed(ids, table.dequantize())"
@@ -98,6 +120,11 @@ def _rows(w, ids, transpose):
 
 def _column(q: LayoutTensor, i) -> Float[Array, " in"]:
     """Column `i` of the matrix."""
+    if isinstance(q, TrellisTensor):
+        tiles = decode(take(q, "out", i // TILE * TILE, TILE))
+        return lax.dynamic_index_in_dim(tiles, i % TILE, 1, keepdims=False)
+    if isinstance(q, AdditiveTensor):
+        return decode(take(q, "out", i, 1))[:, 0]
     rows, bits = q.matrix[0], q.format.code_bits
     places = jnp.arange(rows, dtype=jnp.int32)
     if q.flat:  # a run of codes that may start within a byte
@@ -113,7 +140,14 @@ def _column(q: LayoutTensor, i) -> Float[Array, " in"]:
 
 
 def _row(q: LayoutTensor, i) -> Float[Array, " out"]:
-    """Row `i`, from the packing unit that holds it."""
+    """Row `i`, from the packing unit, tile or vectors that hold it."""
+    if isinstance(q, TrellisTensor):
+        tiles = decode(take(q, "in", i // TILE * TILE, TILE))
+        return lax.dynamic_index_in_dim(tiles, i % TILE, 0, keepdims=False)
+    if isinstance(q, AdditiveTensor):
+        group = q.format.group
+        rows = decode(take(q, "in", i // group * group, group))
+        return lax.dynamic_index_in_dim(rows, i % group, 0, keepdims=False)
     if q.flat:
         raise UnsupportedError(
             f"embed: {q!r} is stored flat over the transpose, so a row is scattered "
@@ -140,6 +174,8 @@ def _scaled(q, codes, row, column):
         "block": (row // size, column // size),
         "flat": (row // size, 0),
     }[kind]
+    if getattr(q, "columnwise", False) and kind == "channel":
+        q = replaced(q, codebook=q.codebook[:, column])
     values = code_values(q, codes)
     if getattr(q, "zero", None) is not None:
         values = values - q.zero[at].astype(jnp.float32)

@@ -26,12 +26,14 @@ from qjax.ops.grouped_product import ACTIVATIONS, BACKENDS, choose, fused, packe
 from qjax.ops.prepack import Prepacked, cut
 from qjax.ops.product import Packed
 from qjax.tensor import QuantizedTensor
+from qjax.trellis import Incoherent
 from qjax.wrappers import (
     InputScaled,
     LayerOf,
     LowRank,
     Permuted,
     Rotated,
+    SplitInputs,
     Transposed,
     hadamard,
 )
@@ -278,16 +280,36 @@ def _apply(x, group_sizes, w: Any, transpose, backend) -> Array:
         first, second = (w.b, w.a) if transpose else (w.a, w.b)
         inner = _dense(x, group_sizes, first, transpose)
         return y + _dense(inner, group_sizes, second, transpose)
-    if not isinstance(w, InputScaled | Permuted | Rotated):
+    if isinstance(w, SplitInputs):
+        return _split(x, group_sizes, w, transpose, backend)
+    if not isinstance(w, Incoherent | InputScaled | Permuted | Rotated):
         raise UnsupportedError(
             f"grouped_matmul: no rule for {type(w).__name__}; multiply expert by "
             "expert with qjax.ops.matmul"
         )
     expert = _expert_of_row(x.shape[0], group_sizes)
+    if isinstance(w, Incoherent):
+        first, second = ("right", "left") if transpose else ("left", "right")
+        y = _apply(w.enter(x, first, expert), group_sizes, w.base, transpose, backend)
+        return w.leave(y, second, expert)
     if transpose:
         y = _apply(x, group_sizes, w.base, True, backend)
         return _rowwise(y, w, expert, True)
     return _apply(_rowwise(x, w, expert, False), group_sizes, w.base, False, backend)
+
+
+def _split(x, group_sizes, w: SplitInputs, transpose, backend):
+    """Some features by rows of their own, the rest by the base."""
+    index = w.index[_expert_of_row(x.shape[0], group_sizes)]
+    at = (jnp.arange(x.shape[0], dtype=jnp.int32)[:, None], index)
+    if transpose:
+        own = _dense(x, group_sizes, w.rows, True)
+        y = _apply(x, group_sizes, w.base, True, backend)
+        return y.at[at].set(own, mode="drop")
+    own = x.at[at].get(mode="fill", fill_value=0)
+    rest = x.at[at].set(jnp.zeros((), x.dtype), mode="drop")
+    y = _apply(rest, group_sizes, w.base, False, backend)
+    return y + _dense(own, group_sizes, w.rows, False)
 
 
 def _float_scale(w):

@@ -22,9 +22,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qjax.errors import SpecError
-from qjax.formats import Cast, Format, Int
+from qjax.formats import Additive, Cast, Format, Int
 from qjax.formats.codebook import TableFormat
+from qjax.formats.kmeans import KMeans
 from qjax.formats.minifloat import Minifloat
+from qjax.formats.trellis import Trellis
 from qjax.ops.partition import on_one, partitioned
 from qjax.pallas_kernels.weights import KernelError, Weight, WeightSpec
 from qjax.tensor import LayoutTensor, QuantizedTensor
@@ -67,6 +69,12 @@ def format_spec(fmt: Format, matrix: tuple[int, int]) -> WeightSpec | str:
     group = fmt.grouping(matrix)
     if isinstance(fmt, Cast):
         return "it is a plain cast, which XLA multiplies by"
+    if isinstance(fmt, Trellis):
+        return "no kernel walks a trellis"
+    if isinstance(fmt, Additive):
+        return "its codes index vectors, which kernels do not look up"
+    if isinstance(fmt, KMeans) and fmt.columnwise:
+        return "each column has a table of its own; kernels take one table per matrix"
     if group.kind not in ("in", "channel", "tensor", "block"):
         return f"scales are grouped by {group.kind!r}, not along `in`"
     kind, offset = "table", 0.0

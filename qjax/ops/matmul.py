@@ -35,12 +35,15 @@ from qjax.ops.product import (
     product,
 )
 from qjax.tensor import QuantizedTensor
+from qjax.trellis import Incoherent
 from qjax.wrappers import (
     InputScaled,
     LayerOf,
     LowRank,
     Permuted,
     Rotated,
+    RoundedInputs,
+    SplitInputs,
     Transposed,
     WithOutliers,
     hadamard,
@@ -132,6 +135,8 @@ def explain(
     while isinstance(w, QuantizedTensor) and not isinstance(w, Packed):
         wrapped.append(type(w).__name__)
         transpose ^= isinstance(w, Transposed)
+        if isinstance(w, RoundedInputs):
+            activation = activation or w.activation
         w = w.base  # pyright: ignore[reportAttributeAccessIssue]
     via = f" inside {', '.join(wrapped)}" if wrapped else ""
     if not isinstance(w, QuantizedTensor):
@@ -198,6 +203,9 @@ def _apply(x, w: Any, transpose, how: How):
         )
     if isinstance(w, Transposed):
         return _apply(x, w.base, not transpose, how)
+    if isinstance(w, RoundedInputs):
+        rounded = how.activation or w.activation
+        return _apply(x, w.base, transpose, how._replace(activation=rounded))
     if isinstance(w, LowRank):
         y = _apply(x, w.base, transpose, how)
         first, second = (w.b.T, w.a.T) if transpose else (w.a, w.b)
@@ -206,6 +214,11 @@ def _apply(x, w: Any, transpose, how: How):
         y = _apply(x, w.base, transpose, how)
         source, target = (w.cols, w.rows) if transpose else (w.rows, w.cols)
         return _add_outliers(y, x, w.values, source, target)
+    if isinstance(w, SplitInputs):
+        return _split(x, w, transpose, how)
+    if isinstance(w, Incoherent):
+        first, second = ("right", "left") if transpose else ("left", "right")
+        return w.leave(_apply(w.enter(x, first), w.base, transpose, how), second)
     if not isinstance(w, InputScaled | Permuted | Rotated):
         raise UnsupportedError(
             f"matmul: no rule for {type(w).__name__}; use matmul(x, w.dequantize())"
@@ -214,6 +227,16 @@ def _apply(x, w: Any, transpose, how: How):
     if transpose:
         return after(_apply(x, w.base, True, how))
     return _apply(before(x), w.base, False, how)
+
+
+def _split(x, w: SplitInputs, transpose, how: How):
+    """Some features by rows of their own, the rest by the base."""
+    if transpose:
+        own = dense_product(x, w.rows, True)
+        return _apply(x, w.base, True, how).at[:, w.index].set(own, mode="drop")
+    own = jnp.take(x, w.index, axis=1, mode="fill", fill_value=0)
+    rest = x.at[:, w.index].set(jnp.zeros((), x.dtype), mode="drop")
+    return _apply(rest, w.base, False, how) + dense_product(own, w.rows, False)
 
 
 def _float_scale(w):

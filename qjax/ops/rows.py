@@ -19,9 +19,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from qjax.additive import AdditiveTensor
 from qjax.ops.blocks import code_values, cut_leaf, scale_values, zeros_like_sum
 from qjax.packing import row_multiple, unpack_rows
 from qjax.tensor import AffineTensor, CodebookTensor, LayoutTensor
+from qjax.trellis import TrellisTensor
 
 MAX_ROWS = 4
 MAX_TABLE_ROWS = 2
@@ -36,6 +38,10 @@ def obstacle(rows: int, q: LayoutTensor, transpose: bool) -> str | None:
     """Why `matvec` cannot compute this product, or None when it can."""
     if transpose:
         return "the product is with the transpose"
+    if isinstance(q, TrellisTensor):
+        return "its weights are walks through a trellis, not codes"
+    if isinstance(q, AdditiveTensor):
+        return "its codes index vectors"
     table = isinstance(q, CodebookTensor)
     most = MAX_TABLE_ROWS if table else MAX_ROWS
     if not 1 <= rows <= most:
@@ -49,7 +55,7 @@ def obstacle(rows: int, q: LayoutTensor, transpose: bool) -> str | None:
         return f"groups of {group} do not divide in={q.matrix[0]}"
     if _step(q) is None:
         return f"groups of {group} do not hold whole packing units"
-    if isinstance(q, CodebookTensor) and q.table().shape[-1] > 16:
+    if isinstance(q, CodebookTensor) and q.format.code_bits > 4:
         return "its table has more than 16 levels"
     return None
 

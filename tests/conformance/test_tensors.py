@@ -16,14 +16,30 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qjax.formats import FP4, FP8, MXFP4, MXFP8, NF4, NVFP4, Cast, Int
+from qjax.additive import AdditiveTensor
+from qjax.formats import (
+    FP4,
+    FP8,
+    MXFP4,
+    MXFP8,
+    NF4,
+    NVFP4,
+    Additive,
+    Cast,
+    Int,
+    KMeans,
+    Trellis,
+)
 from qjax.io.safetensors import SafetensorsFile, write_safetensors
 from qjax.methods import RTN, quantize
+from qjax.tensor import assemble
 from qjax.wrappers import (
     InputScaled,
     LowRank,
     Permuted,
     Rotated,
+    RoundedInputs,
+    SplitInputs,
     Transposed,
     WithOutliers,
 )
@@ -49,7 +65,30 @@ FORMATS = {
     "mxfp8": MXFP8(),
     "nvfp4": NVFP4(),
     "bfloat16": Cast("bfloat16"),
+    "normal3-group": KMeans(3, 16),
 }
+LEARNED = ("kmeans3", "kmeans6", "kmeans4-group", "additive2x8", "additive1x12")
+
+
+def learned(name: str):
+    """Random codes of random tables: what methods learn, without the methods."""
+    rng = np.random.default_rng(5)
+    floats = lambda *s: jnp.asarray(rng.normal(size=(LAYERS, *s)), jnp.float32)  # noqa: E731
+    codes = lambda top, *s: jnp.asarray(rng.integers(0, top, (LAYERS, *s)))  # noqa: E731
+    if name.startswith("additive"):
+        count, bits = (2, 8) if name == "additive2x8" else (1, 12)
+        fmt = Additive(count, bits, 8)
+        index = codes(2**bits, ROWS // 8 * count, COLS).astype(f"uint{fmt.code_bits}")
+        books = floats(count, 2**bits, 8).astype(jnp.float16)
+        scale = jnp.abs(floats(1, COLS)).astype(jnp.float16)
+        return AdditiveTensor(index, scale, books, fmt, (ROWS, COLS))
+    fmt = KMeans(4, 16) if name == "kmeans4-group" else KMeans(int(name[6]))
+    index = codes(fmt.levels, ROWS, COLS).astype(jnp.uint8)
+    scale, table = None, jnp.sort(floats(fmt.levels, COLS), 1).astype(jnp.float16)
+    if fmt.group:
+        scale = jnp.abs(floats(ROWS // 16, COLS)).astype(jnp.float16)
+        table = jnp.sort(floats(fmt.levels), 1)
+    return assemble(fmt, index, scale, (ROWS, COLS), codebook=table)
 
 
 def wrapped(name: str, base, rng):
@@ -62,6 +101,13 @@ def wrapped(name: str, base, rng):
         "permuted": lambda: Permuted(base, perm.astype(jnp.int32)),
         "input-scaled": lambda: InputScaled(base, vector()),
         "rotated": lambda: Rotated(base, jnp.sign(vector() - 1.0)),
+        "rotated-int8": lambda: Rotated(
+            base, jnp.sign(vector() - 1.0).astype(jnp.int8)
+        ),
+        "rounded-inputs": lambda: RoundedInputs(base),
+        "split-inputs": lambda: SplitInputs(
+            base, floats(3, COLS), jnp.full((LAYERS, 1), 1) * jnp.array([4, 40, ROWS])
+        ),
         "outliers": lambda: WithOutliers(base, floats(5), index(ROWS), index(COLS)),
         "low-rank": lambda: LowRank(base, floats(ROWS, 2), floats(2, COLS)),
         "scaled-permuted": lambda: InputScaled(
@@ -75,11 +121,14 @@ WRAPPERS = (
     "permuted",
     "input-scaled",
     "rotated",
+    "rotated-int8",
+    "split-inputs",
     "outliers",
     "low-rank",
     "scaled-permuted",
 )
-NAMES = (*FORMATS, *WRAPPERS)
+TRELLIS = ("trellis", "incoherent")
+NAMES = (*FORMATS, *LEARNED, *WRAPPERS, *TRELLIS)
 
 
 @functools.cache
@@ -89,8 +138,13 @@ def weight() -> np.ndarray:
 
 @functools.cache
 def build(name: str):
+    if name in LEARNED:
+        return learned(name)
     if name in FORMATS:
         return quantize(weight(), FORMATS[name])
+    if name in TRELLIS:
+        q = quantize(weight(), Trellis(2))
+        return q if name == "incoherent" else q.base
     return wrapped(name, build("int3-asymmetric"), np.random.default_rng(2))
 
 
@@ -113,7 +167,7 @@ def same(a, b) -> None:
 
 def agree(name: str, got, want: np.ndarray) -> None:
     """Equal bit for bit, except where wrappers add products (order, contraction)."""
-    if name in ("rotated", "low-rank", "outliers"):
+    if name in ("rotated", "rotated-int8", "low-rank", "outliers", "incoherent"):
         np.testing.assert_allclose(np.asarray(got), want, rtol=1e-4, atol=1e-5)
     else:
         np.testing.assert_array_equal(np.asarray(got), want)
@@ -315,7 +369,12 @@ def test_leading_axes(lead):
     np.testing.assert_allclose(np.asarray(q.dequantize()), w, atol=0.51 / 7.5)
 
 
-EMPTY = {**FORMATS, "int4-channel": Int(4, "channel")}
+EMPTY = {
+    **FORMATS,
+    "int4-channel": Int(4, "channel"),
+    "kmeans3": KMeans(3),
+    "additive": Additive(2, 8, 8),
+}
 
 
 @pytest.mark.parametrize("fmt", EMPTY.values(), ids=EMPTY)

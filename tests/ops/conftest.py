@@ -4,13 +4,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.formats import FP4, FP8, MXFP4, MXFP8, NF4, NVFP4, Cast, Dynamic8, Int
+from qjax.additive import AdditiveTensor
+from qjax.formats import (
+    FP4,
+    FP8,
+    MXFP4,
+    MXFP8,
+    NF4,
+    NVFP4,
+    Additive,
+    Cast,
+    Dynamic8,
+    Int,
+    KMeans,
+)
 from qjax.methods import quantize
+from qjax.tensor import assemble
 from qjax.wrappers import (
     InputScaled,
     LowRank,
     Permuted,
     Rotated,
+    SplitInputs,
     Transposed,
     WithOutliers,
 )
@@ -47,6 +62,14 @@ FORMATS = {
     "mxfp8": MXFP8(),
     "nvfp4": NVFP4(),
     "bfloat16": Cast(),
+    "kmeans2": KMeans(2),
+    "kmeans3": KMeans(3),
+    "kmeans4": KMeans(4, table_dtype="float32"),
+    "kmeans6": KMeans(6),
+    "kmeans2-g32": KMeans(2, 32),
+    "kmeans3-g24": KMeans(3, 24),
+    "additive2x8": Additive(2, 8, 8),
+    "additive1x10": Additive(1, 10, 4),
 }
 MATRIX = (96, 40)
 
@@ -57,7 +80,29 @@ def random(shape, seed, dtype=np.float32):
 
 
 def weight(name, matrix=MATRIX):
-    return quantize(random(matrix, 1), FORMATS[name])
+    fmt = FORMATS[name]
+    if isinstance(fmt, KMeans | Additive):
+        return learned(fmt, matrix)
+    return quantize(random(matrix, 1), fmt)
+
+
+def learned(fmt, matrix):
+    """Random codes of random tables: what methods learn, without the methods."""
+    rng = np.random.default_rng(8)
+    rows, cols = matrix
+    scale = jnp.abs(random((fmt.grouping(matrix).scale_shape), 9, fmt.scale_dtype))
+    if isinstance(fmt, Additive):
+        shape = (rows // fmt.group * fmt.codebooks, cols)
+        codes = jnp.asarray(rng.integers(0, fmt.levels, shape), f"uint{fmt.code_bits}")
+        books = (fmt.codebooks, fmt.levels, fmt.group)
+        books = random(books, 10, fmt.table_dtype)
+        return AdditiveTensor(codes, scale, books, fmt, matrix)
+    codes = jnp.asarray(rng.integers(0, fmt.levels, matrix), jnp.uint8)
+    if fmt.columnwise:
+        table = jnp.sort(random((fmt.levels, cols), 10, fmt.table_dtype), 0)
+        return assemble(fmt, codes, None, matrix, codebook=table)
+    table = jnp.sort(random((fmt.levels,), 10))
+    return assemble(fmt, codes, scale, matrix, codebook=table)
 
 
 def wrap(q):
@@ -74,6 +119,8 @@ def wrap(q):
         "permuted": Permuted(q, perm),
         "scaled": InputScaled(q, scale),
         "rotated": Rotated(q, signs),
+        "rotated-int8": Rotated(q, signs.astype(jnp.int8)),
+        "split": SplitInputs(q, random((3, cols), 7), jnp.array([5, rows, 17])),
         "low-rank": LowRank(q, random((rows, 3), 4), random((3, cols), 5)),
         "outliers": WithOutliers(q, random((30,), 6), *at),
         "outliers-of-permuted-of-scaled": WithOutliers(

@@ -12,7 +12,7 @@ from qjax.wrappers import Rotated, Transposed, WithOutliers
 
 from .conftest import FORMATS, random, weight, wrap
 
-IDS = jnp.array([[0, 39, 7], [7, 12, 1]])
+IDS = jnp.array([[0, 39, 7], [7, 12, 5]])
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -28,7 +28,7 @@ def test_formats(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["transposed", "permuted", "scaled", "rotated", "low-rank"]
+    "name", ["transposed", "permuted", "scaled", "rotated", "low-rank", "split"]
 )
 def test_wrappers(name):
     w = wrap(weight("int4-g32"))[name]

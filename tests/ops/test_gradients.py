@@ -24,6 +24,11 @@ DIFFERENT = (
     "fp8-block",
     "nvfp4",
     "bfloat16",
+    "kmeans3",
+    "kmeans4",
+    "kmeans6",
+    "kmeans2-g32",
+    "additive2x8",
 )
 
 

@@ -27,6 +27,7 @@ from qjax.wrappers import (
     LowRank,
     Permuted,
     Rotated,
+    SplitInputs,
     Transposed,
     WithOutliers,
     layer_of,
@@ -180,6 +181,7 @@ def wrappers(q):
     perm = np.stack([rng.permutation(rows) for _ in range(experts)])
     signs = jnp.asarray(rng.choice([-1.0, 1.0], (experts, rows)), jnp.float32)
     scale = jnp.asarray(rng.uniform(0.5, 2.0, (experts, rows)), jnp.float32)
+    split = int32(np.stack([[e, rows if e == 1 else e + 3] for e in range(experts)]))
     low = random((experts, rows, 3), 4), random((experts, 3, cols), 5)
     return {
         "dense": random((experts, rows, cols), 7),
@@ -187,6 +189,11 @@ def wrappers(q):
         "permuted": Permuted(q, int32(perm)),
         "scaled": InputScaled(q, scale),
         "rotated": Rotated(q, signs),
+        "rotated-int8": Rotated(q, signs.astype(jnp.int8)),
+        "split": SplitInputs(q, random((experts, 2, cols), 8), split),
+        "transposed-split": Transposed(
+            SplitInputs(q, random((experts, 2, cols), 8), split)
+        ),
         "low-rank": LowRank(q, *low),
         "transposed-low-rank-of-rotated-of-permuted": Transposed(
             LowRank(Rotated(Permuted(q, int32(perm)), signs), *low)

@@ -75,6 +75,14 @@ def test_odd_shapes(matrix, bits):
             close(matmul(x, q), reference(x, q))
 
 
+def test_explain_says_why_no_kernel_reads_learned_tables():
+    columns, vectors = weight("kmeans4"), weight("additive2x8")
+    assert "xla: " in (text := explain((8, 96), columns))
+    assert "native: each column has a table of its own" in text
+    assert "xla: " in (text := explain((1, 96), vectors))
+    assert "native: its codes index vectors" in text
+
+
 def test_outliers_in_several_turns(monkeypatch):
     import sys
 

@@ -24,6 +24,7 @@ from qjax.wrappers import (
     LowRank,
     Permuted,
     Rotated,
+    SplitInputs,
     Transposed,
     WithOutliers,
 )
@@ -274,6 +275,8 @@ def wrapped(q):
         Rotated(q, signs),
         WithOutliers(q, np.ones(2, np.float32), few, few),
         LowRank(q, rng.random((64, 2), np.float32), rng.random((2, 32), np.float32)),
+        SplitInputs(q, np.ones((2, 32), np.float16), np.array([7, 64], np.int32)),
+        Rotated(q, signs.astype(np.int8)),
     ]
 
 
@@ -292,7 +295,12 @@ def test_every_wrapper_is_described_and_rebuilt(rng):
         (1, "perm", np.zeros(64, np.int32), "is not a permutation"),
         (2, "s", np.ones(63, np.float32), "shape (63,), expected (64,)"),
         (4, "rows", np.array([0, 64], np.int32), "index outside 0..63"),
+        (3, "signs", np.full(64, 0.5, np.float32), "expected +1 and -1 only"),
         (5, "b", np.ones((3, 32), np.float32), "expected (2, 32)"),
+        (6, "rows", np.ones((3, 32), np.float16), "expected (2, 32)"),
+        (6, "index", np.array([7, 65], np.int32), "expected distinct rows of 0..63"),
+        (6, "index", np.array([7, 7], np.int32), "expected distinct rows of 0..63"),
+        (7, "signs", np.zeros(64, np.int8), "expected +1 and -1 only"),
     ],
 )
 def test_wrappers_with_wrong_leaves_are_refused(rng, index, field, value, text):

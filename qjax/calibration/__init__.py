@@ -1,0 +1,6 @@
+"""From tokens to statistics of every layer's inputs."""
+
+from qjax.calibration.blocks import BlockStream as BlockStream
+from qjax.calibration.capture import calibrate as calibrate
+from qjax.calibration.capture import capture as capture
+from qjax.calibration.windows import calibration_windows as calibration_windows

@@ -1,0 +1,278 @@
+"""Activations that flow through a decoder while it is quantized, block by block.
+
+A `BlockStream` holds what enters the next block, once as the quantized model computes
+it (`x`) and, for methods that compare with the original, once as the original does
+(`r`). Both lie in host memory, `windows * time * dim` numbers each; the device sees one
+batch at a time. Inside a block the layers are quantized in the order they run, and each
+sees the errors of those before it ("true sequential").
+
+Inputs that statistics were taken of are kept until the block is done, up to `KEPT`
+bytes, and later passes over the block start from them: attention runs once.
+
+Everything that touches activations is one of a few compiled functions, shared by blocks
+of the same structure.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from qjax.calibration.capture import capture, check_inputs, groups
+from qjax.methods import Statistics
+from qjax.models.attention import layer_numbers
+from qjax.models.block import Block
+from qjax.models.config import ModelConfig
+from qjax.models.decoder import positions_of
+from qjax.models.layers import Embedding, Norm, below
+
+Leaves = Mapping[str, Any]
+KEPT = 4 << 30
+"""Bytes of layer inputs that are kept while a block is quantized."""
+
+
+class BlockStream:
+    """Calibration activations between two blocks of a decoder.
+
+    Args:
+      config: the architecture.
+      tokens: int32 `[windows, time]`.
+      dtype: of activations; Hessians are float32 always.
+      reference: keep the original model's activations too.
+      batch: windows per step.
+      mesh: devices to split batches over, along its first axis; parameters are whole
+        on each, and sums are over all of them.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokens: np.ndarray,
+        dtype: Any,
+        *,
+        reference: bool = False,
+        batch: int = 8,
+        mesh: Mesh | None = None,
+    ):
+        self.config, self.tokens = config, tokens
+        self.dtype = np.dtype(dtype).name
+        self.batch = min(batch, len(tokens))
+        if mesh is not None:
+            devices = mesh.devices.shape[0]
+            self.batch = -(-self.batch // devices) * devices
+        self.mesh = mesh
+        self.x: np.ndarray = np.zeros(0)
+        self.r: np.ndarray | None = None
+        self._reference = reference
+        self._known: dict[str, np.ndarray] = {}  # inputs of layers, by path
+        self._known_r: dict[str, np.ndarray] = {}
+
+    def embed(self, packed: Leaves, dense: Leaves) -> None:
+        """Starts the stream.
+
+        Args:
+          packed: embeddings by path as the quantized model has them.
+          dense: the original ones.
+        """
+        self.x = self._each(lambda t: _embed(self.config, self.dtype, packed, t))
+        if self._reference:
+            self.r = self._each(lambda t: _embed(self.config, self.dtype, dense, t))
+
+    def groups(self, layer: int, leaves: Leaves) -> tuple[tuple[str, ...], ...]:
+        """Kernels of a block that share an input, in the order they run."""
+        shape = (1, *self.x.shape[1:])
+        x = jax.ShapeDtypeStruct(shape, self.x.dtype)
+        found: list[Any] = []
+
+        def trace(leaves: Any, x: Any) -> None:
+            found.extend(_run(self.config, layer, leaves, x)[1])
+
+        jax.eval_shape(trace, dict(leaves), x)
+        return groups(found)
+
+    def collect(
+        self,
+        layer: int,
+        group: tuple[str, ...],
+        packed: Leaves,
+        dense: Leaves,
+        needs: frozenset[str],
+    ) -> Statistics:
+        """Statistics of the input that some kernels of a block share.
+
+        Args:
+          layer: index of the block.
+          group: the kernels, relative to the block, such as `("attn.q.kernel",)`.
+          packed: parameters of the block as far as it is quantized.
+          dense: its original parameters.
+          needs: fields of `Statistics` to collect.
+
+        Raises:
+          NonFiniteError: an input is NaN or infinite; names the layer.
+        """
+        cross = "cross" in needs
+        features = dense[group[0]].shape[-2]
+        total = Statistics.zeros(
+            features, hessian="hessian" in needs or cross, cross=cross
+        )
+        kind, inputs, others = self._kind(layer), [], []
+        for batch in self._batches(self._known, self._known_r, cross):
+            total, entering, other = _collect(
+                self.config, kind, group[0], total, dict(packed), dict(dense), *batch
+            )
+            inputs.append(np.asarray(entering))
+            others.append(other if other is None else np.asarray(other))
+        check_inputs({group[0]: total}, f"layers.{layer}.")
+        self._keep(self._known, group, inputs)
+        if cross:
+            self._keep(self._known_r, group, others)
+        return total
+
+    def _keep(self, known: dict[str, np.ndarray], group: Any, parts: list[Any]) -> None:
+        held = {id(a): a.nbytes for a in known.values()}
+        if sum(held.values()) + sum(part.nbytes for part in parts) <= KEPT:
+            known.update(dict.fromkeys(group, np.concatenate(parts)[: len(self.x)]))
+
+    def advance(self, layer: int, packed: Leaves, dense: Leaves) -> None:
+        """Moves the stream past a block."""
+        kind = self._kind(layer)
+
+        def move(leaves: Leaves, x: np.ndarray, known: Leaves) -> np.ndarray:
+            run = functools.partial(_block, self.config, kind, dict(leaves))
+            return self._each(run, x, known)
+
+        self.x = move(packed, self.x, self._known)
+        if self.r is not None:
+            self.r = move(dense, self.r, self._known_r)
+        self._known, self._known_r = {}, {}
+
+    def targets(self, layer: int, dense: Leaves) -> np.ndarray:
+        """What the original block makes of the original (or else quantized) input."""
+        run = functools.partial(_block, self.config, self._kind(layer), dict(dense))
+        return self._each(run, self.x if self.r is None else self.r, {})
+
+    def block(self, layer: int) -> Callable[[Leaves, Array, Leaves], Array]:
+        """The block as `(weights, x, rest)` to its output; one object per kind."""
+        return _block_function(self.config, self._kind(layer))
+
+    def head(self, norm: Leaves, needs: frozenset[str]) -> Statistics:
+        """Statistics of the head's input, behind the last norm."""
+        total = Statistics.zeros(self.x.shape[-1], hessian="hessian" in needs)
+        for x, _, _, _, weight in self._batches({}, {}, False):
+            total = _collect_head(self.config, total, dict(norm), x, weight)
+        check_inputs({"head.kernel": total})
+        return total
+
+    def _kind(self, layer: int) -> int:
+        """The first layer that computes as this one, so that programs are shared."""
+        return first_alike(self.config, layer)
+
+    def _place(self, x: np.ndarray) -> Any:
+        if self.mesh is None:
+            return jnp.asarray(x)
+        spec = PartitionSpec(self.mesh.axis_names[0])
+        return jax.device_put(x, NamedSharding(self.mesh, spec))
+
+    def _slices(self, x: np.ndarray):
+        """Batches of one size, the last padded."""
+        for start in range(0, len(x), self.batch):
+            part = x[start : start + self.batch]
+            spare = [(0, self.batch - len(part)), *[(0, 0)] * (x.ndim - 1)]
+            yield self._place(np.pad(part, spare)), len(part)
+
+    def _batches(self, known: Leaves, known_r: Leaves, cross: bool):
+        """`(x, r, known, known_r, weight)` of each batch; `r` only if asked for."""
+        sources = [self.x, *known.values()]
+        others = [self.r, *known_r.values()] if cross and self.r is not None else []
+        count = len(sources)
+        for parts in zip(*map(self._slices, (*sources, *others)), strict=True):
+            arrays, real = [part for part, _ in parts], parts[0][1]
+            mask = (np.arange(self.batch) < real).astype(np.float32)
+            weight = np.repeat(mask[:, None], self.x.shape[1], axis=1)
+            r = arrays[count] if others else None
+            yield (
+                arrays[0],
+                r,
+                dict(zip(known, arrays[1:count], strict=True)),
+                dict(zip(known_r, arrays[count + 1 :], strict=True)),
+                self._place(weight),
+            )
+
+    def _each(
+        self, function: Any, x: np.ndarray | None = None, known: Leaves | None = None
+    ) -> np.ndarray:
+        """Applies a function to every batch (of tokens) and joins the results."""
+        sources = [self.tokens] if x is None else [x, *(known or {}).values()]
+        out = []
+        for parts in zip(*map(self._slices, sources), strict=True):
+            arrays = [part for part, _ in parts]
+            given = {} if x is None else dict(zip(known or {}, arrays[1:], strict=True))
+            y = function(arrays[0]) if x is None else function(arrays[0], given)
+            out.append(np.asarray(y)[: parts[0][1]])
+        return np.concatenate(out)
+
+
+def first_alike(config: ModelConfig, layer: int) -> int:
+    """The first layer with the window, rotary table and scale of this one."""
+
+    def numbers(i: int) -> tuple[Any, ...]:
+        window = config.windows[i] if config.windows else None
+        rope = config.rope_layers[i] if config.rope_layers else None
+        return window, rope, i if config.attention_scale_by_layer else None
+
+    return next(i for i in range(layer + 1) if numbers(i) == numbers(layer))
+
+
+def _run(
+    config: ModelConfig, layer: int, leaves: Leaves, x: Array, known: Any = None
+) -> tuple[Any, Any]:
+    """One block on whole windows, and what entered its layers."""
+    shape = x.shape[:2]
+    places = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+    where = positions_of(config, places, places, jnp.zeros((), jnp.int32))
+    numbers = jax.tree.map(lambda a: a[0], layer_numbers(config, layer, layer + 1))
+    (y, _), seen = capture(Block(config, leaves), x, where, numbers, given=known)
+    return y, seen
+
+
+@functools.cache
+def _block_function(config: ModelConfig, layer: int) -> Any:
+    return lambda weights, x, rest: _run(config, layer, {**rest, **weights}, x)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _embed(config: ModelConfig, dtype: str, leaves: Leaves, tokens: Array) -> Array:
+    places = jnp.broadcast_to(
+        jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape
+    )
+    tables = jax.tree.map(jnp.asarray, below(leaves, "embed"))
+    return Embedding(tables, config, np.dtype(dtype))(tokens, places)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _block(config: ModelConfig, layer: int, leaves: Leaves, x: Array, known: Leaves):
+    return _run(config, layer, leaves, x, known)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def _collect(
+    config, layer, path, total, packed, dense, x, r, known, known_r, weight
+) -> tuple[Statistics, Array, Array | None]:
+    def entering(leaves: Leaves, x: Array, known: Leaves) -> Array:
+        seen = _run(config, layer, leaves, x, known)[1]
+        return next(one.x for one in seen if one.path == path)
+
+    own = entering(packed, x, known)
+    other = None if r is None else entering(dense, r, known_r)
+    return total.add(own, other, weight), own, other
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _collect_head(config, total, leaves, x, weight) -> Statistics:
+    norm = Norm(below(leaves, "norm"), config) if config.final_norm else None
+    return total.add(x if norm is None else norm(x), None, weight)

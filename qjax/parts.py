@@ -1,0 +1,436 @@
+"""Quantizing a model part by part: embeddings, each layer, what follows the layers.
+
+A `PartQuantizer` applies a recipe to one part after the other and keeps the books of
+the run. With calibration tokens it also carries their activations from block to block
+and gives every method the statistics it needs, layer by layer in the order they run.
+Beyond a part it holds the activations (on the host) and one Hessian.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.artifact import tensor_report
+from qjax.calibration import BlockStream
+from qjax.checkpoint import hold
+from qjax.errors import NonFiniteError, SpecError
+from qjax.methods import (
+    RTN,
+    Curvature,
+    SignRound,
+    Statistics,
+    check_curvature,
+    needs_of,
+    prepare,
+    quantize,
+    tune_block,
+    uses_of,
+)
+from qjax.methods.array import check_finite, count_nonfinite
+from qjax.methods.llm_int8 import trim
+from qjax.models import ModelConfig
+from qjax.models.fold import fold_layer
+from qjax.recipes import Recipe, Rule
+from qjax.reports import Progress, QuantizationReport
+from qjax.tensor import QuantizedTensor, with_dtype
+from qjax.wrappers import InputScaled
+
+TABLES = ("embed.embedding", "embed.position")
+
+
+class PartQuantizer:
+    """Quantizes the parts of one model in order.
+
+    Args:
+      recipe: the rules.
+      config: the architecture.
+      tokens: calibration windows, int32 `[windows, time]`, or None.
+      dtype: of calibration activations.
+      nonfinite: see `qjax.quantize`.
+      progress: called after each part.
+      batch: calibration windows per step.
+      mesh: devices that share the calibration batches.
+
+    Raises:
+      SpecError: a method of the recipe needs calibration and there are no tokens.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: ModelConfig,
+        *,
+        tokens: np.ndarray | None = None,
+        dtype: Any = jnp.float32,
+        nonfinite: str = "raise",
+        progress: Callable[[Progress], None] | None = None,
+        batch: int = 8,
+        mesh: Any = None,
+    ):
+        self._recipe, self._config = recipe, config
+        self._nonfinite, self._progress = nonfinite, progress
+        self._dtype = jnp.dtype(dtype)
+        self._start = time.perf_counter()
+        self._done = 0
+        self.entries: dict[str, dict[str, Any]] = {}
+        rules = [rule for rule in recipe.rules if rule.format is not None]
+        needs = frozenset[str]().union(*(needs_of(r.method) for r in rules))
+        uses = frozenset[str]().union(*(uses_of(r.method) for r in rules))
+        if needs and tokens is None:
+            method = next(r.method.name for r in rules if needs_of(r.method))
+            raise SpecError(
+                f"recipe {recipe.name!r}: its method {method} needs calibration; pass "
+                "calibration= token ids or the path of a text (--calibration FILE), or "
+                "take a data-free recipe such as hqq-int4-g64"
+            )
+        self._stream = None
+        if tokens is not None and uses:
+            learned = any(isinstance(rule.method, SignRound) for rule in rules)
+            reference = "cross" in uses or learned
+            self._stream = BlockStream(
+                config, tokens, dtype, reference=reference, batch=batch, mesh=mesh
+            )
+
+    def part(
+        self, layer: int | None, first: bool, part: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Quantizes one part by the recipe and records each tensor.
+
+        Args:
+          layer: index of the layer; None before and after the layers.
+          first: whether it is the first part.
+          part: dense parameters by path.
+
+        Returns:
+          Leaves by path, packed where the recipe says so.
+        """
+        if self._stream is None:
+            done = {path: self._one(path, w) for path, w in part.items()}
+        elif layer is not None:
+            done = self._block(layer, part)
+        elif first:
+            done = {path: self._one(path, w) for path, w in part.items()}
+        else:
+            done = self._final(part)
+        self.follow(layer, first, done, part)
+        return done
+
+    def follow(
+        self,
+        layer: int | None,
+        first: bool,
+        packed: Mapping[str, Any],
+        dense: Mapping[str, Any],
+    ) -> None:
+        """Moves the calibration activations past a part that is quantized already."""
+        if self._stream is None:
+            return
+        if layer is not None:
+            self._stream.advance(
+                layer, self._own(layer, packed), self._own(layer, dense)
+            )
+        elif first:
+            self._stream.embed(self._held(packed), self._held(dense))
+
+    def _held(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """Leaves as the stream computes with them."""
+        return {path: hold(leaf, self._dtype) for path, leaf in leaves.items()}
+
+    def _own(self, layer: int, leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """A layer's leaves by path relative to it, as the stream computes with them."""
+        start = len(f"layers.{layer}.")
+        return {path[start:]: leaf for path, leaf in self._held(leaves).items()}
+
+    def _block(self, layer: int, part: Mapping[str, Any]) -> dict[str, Any]:
+        """Quantizes a layer, kernel after kernel in the order they run."""
+        assert self._stream is not None  # callers check
+        prefix = f"layers.{layer}."
+        dense = self._own(layer, part)
+        done = self._learned(layer, part, dense)
+        packed = dense | self._own(layer, done)
+        waiting = dict.fromkeys(path for path in part if path not in done)
+        done = {**part, **done}
+        for group in self._stream.groups(layer, dense):
+            paths = [prefix + path for path in group]
+            rules = {p: self._recipe.match(p, part[p].shape) for p in paths}
+            used = {p: r for p, r in rules.items() if r is not None and p in waiting}
+            needs = frozenset[str]().union(*(uses_of(r.method) for r in used.values()))
+            statistics = None
+            if needs:
+                statistics = self._stream.collect(layer, group, packed, dense, needs)
+            done |= self._group(part, used, statistics)
+            for path in used:
+                packed[path[len(prefix) :]] = hold(done[path], self._dtype)
+                waiting.pop(path)
+        done |= {path: self._one(path, part[path]) for path in waiting}
+        return self._folded(done)
+
+    def _learned(
+        self, layer: int, part: Mapping[str, Any], dense: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Kernels whose rounding is learned, all of the block together."""
+        assert self._stream is not None  # callers check
+        prefix = f"layers.{layer}."
+        rules = {path: self._recipe.match(path, w.shape) for path, w in part.items()}
+        found = {
+            path[len(prefix) :]: rule
+            for path, rule in rules.items()
+            if rule is not None and isinstance(rule.method, SignRound)
+        }
+        if not found:
+            return {}
+        methods = {rule.method for rule in found.values()}
+        if len(methods) > 1:
+            raise SpecError(
+                f"layers.{layer}: rules with different settings of SignRound; a block "
+                "is learned as a whole, so give its kernels one"
+            )
+        weights = {p: jnp.asarray(part[prefix + p], jnp.float32) for p in found}
+        for path, w in weights.items():
+            check_finite(w, prefix + path)
+        (method,) = methods
+        tuned, report = tune_block(
+            self._stream.block(layer),
+            weights,
+            {p: rule.format for p, rule in found.items() if rule.format is not None},
+            jnp.asarray(self._stream.x),
+            jnp.asarray(self._stream.targets(layer, dense)),
+            method,  # pyright: ignore[reportArgumentType]
+            rest={p: w for p, w in dense.items() if p not in found},
+        )
+        extra = {"block_error": [report.start, report.best]}
+        done = {}
+        for path, q in tuned.items():
+            w = part[prefix + path]
+            done[prefix + path] = with_dtype(q, jnp.dtype(w.dtype).name)
+            entry = _entry(prefix + path, w, q, found[path].method.name)
+            self.entries[prefix + path] = {
+                **entry,
+                **_source(prefix + path, w),
+                **extra,
+            }
+        return done
+
+    def _folded(self, part: dict[str, Any]) -> dict[str, Any]:
+        """Lets norms absorb input scales, and corrects what was reported of them."""
+        if not any(isinstance(leaf, InputScaled) for leaf in part.values()):
+            return part
+        folded = fold_layer(self._config, part)
+        for path, leaf in folded.items():
+            if leaf is part[path]:
+                continue
+            report = tensor_report(path, leaf)
+            kept = {k: report[k] for k in ("nbytes", "bits_per_weight")}
+            if not isinstance(leaf, QuantizedTensor):
+                kept = {"nbytes": report["nbytes"], "dtype": report["format"]}
+                kept["reason"] = "absorbed input scales"
+            self.entries[path] |= kept
+        return folded
+
+    def _group(
+        self,
+        part: Mapping[str, Any],
+        rules: Mapping[str, Rule],
+        statistics: Statistics | None,
+    ) -> dict[str, Any]:
+        """Quantizes kernels with one common input, sharing what can be shared."""
+        kinds: dict[Any, list[str]] = {}
+        for path, rule in rules.items():
+            kinds.setdefault((rule.format, rule.method), []).append(path)
+        done = {}
+        for (fmt, method), paths in kinds.items():
+            shared = None
+            if statistics is not None:
+                weights = [jnp.asarray(part[path]) for path in paths]
+                shared = prepare(method, fmt, weights, statistics)
+            raised = _damping_raised(shared, paths[0])
+            for path in paths:
+                done[path] = self._one(path, part[path], statistics, shared)
+                if raised:
+                    self.entries[path]["damping_raised"] = raised
+        return done
+
+    def _final(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        """Quantizes the head with statistics of its input, and what else follows."""
+        assert self._stream is not None  # callers check
+        done = {}
+        for path, w in part.items():
+            rule = self._recipe.match(path, w.shape)
+            needs = frozenset[str]() if rule is None else uses_of(rule.method)
+            statistics = self._stream.head(self._held(part), needs) if needs else None
+            done[path] = self._one(path, w, statistics)
+        return done
+
+    def _one(
+        self,
+        path: str,
+        w: Any,
+        statistics: Statistics | None = None,
+        shared: Any = None,
+    ) -> Any:
+        leaf, self.entries[path] = quantize_parameter(
+            path,
+            w,
+            self._recipe,
+            nonfinite=self._nonfinite,
+            statistics=statistics,
+            shared=shared,
+        )
+        return leaf
+
+    def step(self, name: str, *, resumed: bool = False) -> None:
+        """Reports a finished part."""
+        self._done += 1
+        if self._progress is not None:
+            seconds = time.perf_counter() - self._start
+            total = self._config.layers + 2
+            self._progress(Progress(self._done, total, name, resumed, seconds))
+
+    def report(self, entries: Mapping[str, dict[str, Any]]) -> QuantizationReport:
+        """The report of a run from the entries of all its parts."""
+        quantized = {p: e for p, e in entries.items() if "error" in e}
+        kept = {p: e for p, e in entries.items() if "error" not in e}
+
+        def bits(which: Mapping[str, dict[str, Any]]) -> float:
+            count = sum(e["parameters"] for e in which.values())
+            return 8 * sum(e["nbytes"] for e in which.values()) / max(count, 1)
+
+        return QuantizationReport(
+            recipe=self._recipe.name,
+            bits_per_weight=bits(entries),
+            quantized_bits_per_weight=bits(quantized),
+            size_bytes=sum(e["nbytes"] for e in entries.values()),
+            source_bytes=sum(e["source_bytes"] for e in entries.values()),
+            seconds=time.perf_counter() - self._start,
+            peak_memory_bytes=peak_memory_bytes(),
+            tensors=tuple({"name": p, **e} for p, e in quantized.items()),
+            kept=tuple({"name": p, **e} for p, e in kept.items()),
+        )
+
+
+def quantize_parameter(
+    path: str,
+    w: Any,
+    recipe: Recipe,
+    *,
+    nonfinite: str = "raise",
+    statistics: Statistics | None = None,
+    shared: Any = None,
+) -> tuple[Any, dict[str, Any]]:
+    """Quantizes or keeps one parameter by a recipe.
+
+    Args:
+      path: dotted path, which rules match.
+      w: float array. Embedding tables `[vocab, dim]` are quantized along `dim`.
+      recipe: the rules.
+      nonfinite: see `quantize`.
+      statistics: of the inputs of `w`, for methods that need them.
+      shared: what the rule's method prepared for these inputs.
+
+    Returns:
+      `(leaf, report)`: a quantized tensor with its format, method, error and size, or
+      `w` itself with the reason it was kept.
+
+    Raises:
+      SpecError: `w` is quantized already, or the rule's format does not fit it.
+      NonFiniteError: `w` holds NaN or infinity.
+    """
+    if isinstance(w, QuantizedTensor):
+        raise SpecError(
+            f"{path}: is already quantized ({w.format.name}); quantize the original "
+            "model instead"
+        )
+    source, base = tensor_report(path, w), _source(path, w)
+    if nonfinite != "raise" and (bad := count_nonfinite(w)):
+        base["nonfinite"] = bad
+    rule = recipe.match(path, w.shape)
+    if rule is None or rule.format is None:
+        if nonfinite == "raise":
+            check_finite(w, path)
+        reason = "vector" if len(w.shape) < 2 else "kept by the recipe"
+        kept = {"shape": source["shape"], "dtype": source["format"], "reason": reason}
+        return w, {**kept, "nbytes": source["nbytes"], **base}
+    method = rule.method
+    if statistics is not None and not float(statistics.count):
+        method, shared = RTN("mse"), None
+        base["fallback"] = f"no calibration token reached it; {method.name} instead"
+    options: dict[str, Any] = {"statistics": statistics, "shared": shared}
+    if not uses_of(method):
+        options = {}
+    axis = -1 if path in TABLES else -2
+    try:
+        q = quantize(
+            w, rule.format, method, axis=axis, nonfinite=nonfinite, name=path, **options
+        )
+    except SpecError as error:
+        text = str(error)
+        raise SpecError(text if path in text else f"{path}: {text}") from None
+    q = trim(q)
+    made = _entry(path, w, q, method.name)
+    if statistics is not None and statistics.hessian is not None:
+        made["output_error"] = float(
+            _output_error(jnp.asarray(w), q, statistics.hessian)
+        )
+    return q, {**made, **base}
+
+
+def _source(path: str, w: Any) -> dict[str, Any]:
+    """What the report says of a tensor before it is quantized."""
+    nbytes = tensor_report(path, w)["nbytes"]
+    count = nbytes // jnp.dtype(w.dtype).itemsize
+    return {"parameters": count, "source_bytes": nbytes}
+
+
+def _entry(path: str, w: Any, q: Any, method: str) -> dict[str, Any]:
+    """What the report says of a quantized tensor."""
+    error = float(_relative_error(jnp.asarray(w), q)) if q.size else 0.0
+    if not np.isfinite(error):
+        raise NonFiniteError(
+            f"{path}: {method} gave weights that are NaN or infinite; expected finite "
+            "ones. Its Hessian may be singular: give more calibration text, raise "
+            "damp=, or take another method for this tensor"
+        )
+    return {**tensor_report(path, q), "method": method, "error": error}
+
+
+def _damping_raised(shared: Any, path: str) -> int:
+    """Times the damping of a Hessian was raised; an error if that did not help."""
+    parts = jax.tree.leaves(shared, is_leaf=lambda x: isinstance(x, Curvature))
+    found = [check_curvature(p, path) for p in parts if isinstance(p, Curvature)]
+    return max(found, default=0)
+
+
+@jax.jit
+def _relative_error(w, q):
+    """Root-mean-square error relative to that of the zero matrix."""
+    w = jnp.nan_to_num(w.astype(jnp.float32))
+    miss = jnp.sum(jnp.square(w - q.dequantize(jnp.float32)))
+    return jnp.sqrt(miss / jnp.maximum(jnp.sum(jnp.square(w)), 1e-38))
+
+
+@jax.jit
+def _output_error(w, q, hessian):
+    """Root-mean-square error of the layer's output, relative to that output."""
+    w = jnp.nan_to_num(w.astype(jnp.float32))
+
+    def energy(a):
+        return jnp.sum(a * jnp.matmul(hessian, a))
+
+    miss = energy(w - q.dequantize(jnp.float32))
+    return jnp.sqrt(jnp.maximum(miss, 0.0) / jnp.maximum(energy(w), 1e-38))
+
+
+def peak_memory_bytes() -> int:
+    """High-water mark of resident memory, plus that of devices where they tell."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    for device in jax.local_devices():
+        stats = device.memory_stats() if device.platform != "cpu" else None
+        peak += (stats or {}).get("peak_bytes_in_use", 0)
+    return peak
