@@ -254,7 +254,8 @@ def test_sharding(name, axis):
 
     placed = jax.tree.map(place, q)
     split = [not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed)]
-    assert any(split) or name in ("nf4-flat", "fp4")
+    tiled = axis == "in" and name in ("trellis", "incoherent")  # four rows of tiles
+    assert any(split) or tiled or name in ("nf4-flat", "fp4")
     agree(name, dense(placed), want)
 
 
