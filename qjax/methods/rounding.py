@@ -146,7 +146,11 @@ class Rounding(NamedTuple):
         else:
             values = _values(fmt)
             margin = float(values[-1] - values[-2]) / 2
-            u = u + rounded(offsets.v * _spacing(values, lax.stop_gradient(u)))
+            below, step = _around(values, lax.stop_gradient(u))
+            u = u + rounded(offsets.v * step)
+            # A cell wider than its neighbour must not be left for the value behind.
+            bounded = jnp.where(step > 0, jnp.clip(u, below, below + step), u)
+            u = u + lax.stop_gradient(bounded - u)
         fixed = lax.stop_gradient(u)
         codes = fmt.encode(jnp.round(fixed) + shift if zero is not None else fixed)
         u = u + shift
@@ -173,10 +177,10 @@ def _values(fmt: Format) -> np.ndarray:
         return np.unique(np.asarray(fmt.decode(codes)))
 
 
-def _spacing(grid: np.ndarray, u):
-    """Distance between the two grid values around `u`; 0 beyond the ends."""
-    gaps = np.diff(np.concatenate([grid[:1], grid, grid[-1:]]))
-    spacing = jnp.zeros_like(u)
-    for value, change in zip(grid, np.diff(gaps), strict=True):
-        spacing = spacing + jnp.where(u >= float(value), float(change), 0.0)
-    return spacing
+def _around(grid: np.ndarray, u):
+    """The grid value below `u` and the distance to the next; 0 beyond the ends."""
+    below, step = jnp.full_like(u, float(grid[0])), jnp.zeros_like(u)
+    for value, gap in zip(grid, np.append(np.diff(grid), 0.0), strict=True):
+        below = jnp.where(u >= float(value), float(value), below)
+        step = jnp.where(u >= float(value), float(gap), step)
+    return below, step
