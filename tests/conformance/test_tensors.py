@@ -254,7 +254,8 @@ def test_sharding(name, axis):
 
     placed = jax.tree.map(place, q)
     split = [not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed)]
-    assert any(split) or name in ("nf4-flat", "fp4")
+    whole = (*TRELLIS, "fp4") if axis == "in" else ("fp4",)  # too few rows of codes
+    assert any(split) or name in ("nf4-flat", *whole)
     agree(name, dense(placed), want)
 
 
