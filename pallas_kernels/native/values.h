@@ -47,6 +47,33 @@ INLINE void load_values(const uint8_t* p, int64_t stride, const Call& c,
   }
 }
 
+// Calls `use(j, t, w)` with vector `t` of each row `j` of a unit.
+template <int BITS, Value V, class Use, int... J>
+INLINE void each_value(const uint8_t* p, int64_t stride, const Call& c,
+                       const Table& small, const Use& use,
+                       std::integer_sequence<int, J...> each) {
+  constexpr int R = Unit<BITS>::kRows, PER = Unit<BITS>::kPer;
+  if constexpr (kPlanes && V == Value::table) {
+    B rows[R];
+    UNROLL for (int r = 0; r < R; ++r) {
+      rows[r] = load(p + r * stride);
+      rows[r] = unweave(rows[r]);
+    }
+    auto one = [&](auto j) INLINE_LAMBDA {
+      F w[4];
+      lookup(small, code<BITS, decltype(j)::value, true>(rows, 1), w);
+      UNROLL for (int t = 0; t < 4; ++t) use(j, t, w[t]);
+    };
+    (one(std::integral_constant<int, J>()), ...);
+  } else {
+    UNROLL for (int t = 0; t < 4; ++t) {
+      F out[PER];
+      load_values<BITS, V>(p + t * L, stride, c, small, out, each);
+      UNROLL for (int j = 0; j < PER; ++j) use(j, t, out[j]);
+    }
+  }
+}
+
 // Byte rows to a panel [rows][4][L] of float values.
 template <int BITS, Value V>
 static void decode_values(const uint8_t* p, int64_t stride, int64_t units, const Call& c,
@@ -56,11 +83,10 @@ static void decode_values(const uint8_t* p, int64_t stride, int64_t units, const
   const Table small = table(c.table);
   for (; units > 0; --units, p += R * stride, panel += PER * 4 * L) {
     ask_strip<R>(p, stride);
-    UNROLL for (int t = 0; t < 4; ++t) {
-      F out[PER];
-      load_values<BITS, V>(p + t * L, stride, c, small, out, each);
-      UNROLL for (int j = 0; j < PER; ++j) fstore(panel + (j * 4 + t) * L, out[j]);
-    }
+    auto keep = [&](int j, int t, F w) INLINE_LAMBDA {
+      fstore(panel + (j * 4 + t) * L, w);
+    };
+    each_value<BITS, V>(p, stride, c, small, keep, each);
   }
 }
 
@@ -78,23 +104,17 @@ static void dot_values(const uint8_t* p, int64_t stride, int64_t rows, const Cal
   for (; rows >= 2 * PER; rows -= 2 * PER, x += 2 * PER) {
     UNROLL for (int u = 0; u < 2; ++u, p += R * stride) {
       ask_strip<R>(p, stride);
-      UNROLL for (int t = 0; t < 4; ++t) {
-        F out[PER];
-        load_values<BITS, V>(p + t * L, stride, c, small, out, each);
-        UNROLL for (int j = 0; j < PER; ++j) {
-          acc[(j + u) % 2][t] = fma(fset(x[u * PER + j]), out[j], acc[(j + u) % 2][t]);
-        }
-      }
+      auto add = [&](int j, int t, F w) INLINE_LAMBDA {
+        acc[(j + u) % 2][t] = fma(fset(x[u * PER + j]), w, acc[(j + u) % 2][t]);
+      };
+      each_value<BITS, V>(p, stride, c, small, add, each);
     }
   }
   for (; rows > 0; rows -= PER, x += PER, p += R * stride) {
-    UNROLL for (int t = 0; t < 4; ++t) {
-      F out[PER];
-      load_values<BITS, V>(p + t * L, stride, c, small, out, each);
-      UNROLL for (int j = 0; j < PER; ++j) {
-        if (j < rows) acc[j % 2][t] = fma(fset(x[j]), out[j], acc[j % 2][t]);
-      }
-    }
+    auto add = [&](int j, int t, F w) INLINE_LAMBDA {
+      if (j < rows) acc[j % 2][t] = fma(fset(x[j]), w, acc[j % 2][t]);
+    };
+    each_value<BITS, V>(p, stride, c, small, add, each);
   }
   const F total = fset(*sum);
   UNROLL for (int t = 0; t < 4; ++t) {
