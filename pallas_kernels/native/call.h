@@ -78,6 +78,7 @@ struct Call {
   const uint8_t* codes = nullptr;
   Array scale, zero, x, x_scale, bias;
   float table[256] = {};
+  bool bf16_table = false;  // its entries are exact in bfloat16
   void* y = nullptr;
   Type y_type = Type::f32;
   std::vector<Block> blocks;

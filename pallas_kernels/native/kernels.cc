@@ -270,7 +270,13 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes
     }
     auto* values = static_cast<const float*>(table.untyped_data());
     if (!shared) values += at * entries;
-    for (int64_t i = 0; i < 256; ++i) c.table[i] = values[i & last];
+    c.bf16_table = true;
+    for (int64_t i = 0; i < 256; ++i) {
+      uint32_t entry;
+      std::memcpy(&entry, &values[i & last], 4);
+      c.bf16_table = c.bf16_table && !(entry & 0xFFFF);
+      c.table[i] = values[i & last];
+    }
   } else {
     for (int64_t i = 0; i < 256; ++i) c.table[i] = float(i & last);
   }

@@ -202,24 +202,36 @@ INLINE __m128i eight(const uint8_t* p) {
 INLINE I widen(const uint8_t* p) { return _mm256_cvtepu8_epi32(eight(p)); }
 INLINE I widen_signed(const uint8_t* p) { return _mm256_cvtepi8_epi32(eight(p)); }
 INLINE Table table(const float* t) {
-  Table all;
-  UNROLL for (int b = 0; b < 4; ++b) {
-    alignas(16) uint8_t bytes[16];
-    for (int i = 0; i < 16; ++i) bytes[i] = static_cast<uint8_t>(as_bits(t[i]) >> 8 * b);
-    all.plane[b] = _mm256_broadcastsi128_si256(
-        _mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+  const __m128i by = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  __m128i v[4];
+  UNROLL for (int i = 0; i < 4; ++i) {
+    v[i] = _mm_shuffle_epi8(_mm_castps_si128(_mm_loadu_ps(t + 4 * i)), by);
   }
-  return all;
+  __m128i ab = _mm_unpacklo_epi32(v[0], v[1]), AB = _mm_unpackhi_epi32(v[0], v[1]);
+  __m128i cd = _mm_unpacklo_epi32(v[2], v[3]), CD = _mm_unpackhi_epi32(v[2], v[3]);
+  return {_mm256_broadcastsi128_si256(_mm_unpacklo_epi64(ab, cd)),
+          _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(ab, cd)),
+          _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(AB, CD)),
+          _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(AB, CD))};
 }
 // Bytes of a strip so that `interleave` undoes their order.
 INLINE B unweave(B v) {
   return _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
 }
-// Entries of codes that were unwoven.
-INLINE void lookup(const Table& t, B codes, F* out) {
+// Entries of codes that were unwoven; SHORT, without the lower two bytes.
+template <bool SHORT>
+INLINE void lookup(const Table& t, B codes, F* out, std::bool_constant<SHORT>) {
   B b[4], v[4];
   UNROLL for (int i = 0; i < 4; ++i) b[i] = _mm256_shuffle_epi8(t.plane[i], codes);
-  interleave(b[0], b[1], b[2], b[3], v);
+  if constexpr (SHORT) {
+    B low = _mm256_unpacklo_epi8(b[2], b[3]), high = _mm256_unpackhi_epi8(b[2], b[3]);
+    v[0] = _mm256_unpacklo_epi16(bzero(), low);
+    v[1] = _mm256_unpackhi_epi16(bzero(), low);
+    v[2] = _mm256_unpacklo_epi16(bzero(), high);
+    v[3] = _mm256_unpackhi_epi16(bzero(), high);
+  } else {
+    interleave(b[0], b[1], b[2], b[3], v);
+  }
   UNROLL for (int i = 0; i < 4; ++i) out[i] = _mm256_castsi256_ps(v[i]);
 }
 INLINE F gather(const float* t, I i) { return _mm256_i32gather_ps(t, i, 4); }

@@ -95,23 +95,29 @@ static void multiply_codes(const uint8_t* panel, int64_t dwords, Ahead& ahead,
     I acc[MR][2];
     clear<MR>(acc);
     for (int64_t left = dwords; left > 0; left -= kBytes) {
+      const int64_t count = left < kBytes ? left : kBytes;
+      ask(ahead, count * ahead.rate);
       I part[MR][2];
       clear<MR>(part);
-      auto& to = H == 2 ? acc : part;
-      for (int64_t i = H * (left < kBytes ? left : kBytes); i > 0; --i, ++x, p += 4 * W) {
-        ask(ahead, ahead.rate);
-        const I a = iload(p), b = iload(p + W);
-        UNROLL for (int r = 0; r < MR; ++r) {
-          const I v = iset(x[r * f.x_stride]);
-          to[r][0] = H == 2 ? dot_words(to[r][0], a, v) : dot_bytes(to[r][0], a, v);
-          to[r][1] = H == 2 ? dot_words(to[r][1], b, v) : dot_bytes(to[r][1], b, v);
+      for (int64_t i = 0; i < count; ++i, x += H, p += H * 4 * W) {
+        UNROLL for (int h = 0; h < H; ++h) {
+          const I a = iload(p + h * 4 * W), b = iload(p + h * 4 * W + W);
+          UNROLL for (int r = 0; r < MR; ++r) {
+            const I v = iset(x[r * f.x_stride + h]);
+            if constexpr (H == 2) {
+              acc[r][0] = dot_words(acc[r][0], a, v);
+              acc[r][1] = dot_words(acc[r][1], b, v);
+            } else {
+              part[r][0] = dot_bytes(part[r][0], a, v);
+              part[r][1] = dot_bytes(part[r][1], b, v);
+            }
+          }
         }
       }
       if constexpr (H == 2) continue;
-      const I one = iset(0x10001);
       UNROLL for (int r = 0; r < MR; ++r) {
-        acc[r][0] = dot_words(acc[r][0], part[r][0], one);
-        acc[r][1] = dot_words(acc[r][1], part[r][1], one);
+        acc[r][0] = dot_words(acc[r][0], part[r][0], iset(0x10001));
+        acc[r][1] = dot_words(acc[r][1], part[r][1], iset(0x10001));
       }
     }
     add_sums<MR>(acc, f, s + t, z + t, y + t * L, y_stride);
