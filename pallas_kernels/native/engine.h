@@ -5,7 +5,8 @@
 //
 // * integer: panel of bytes, four neighbouring rows of W per dword; x is fixed point,
 //   x ~ step * (256 high + low) with step = absmax of the block / 32512, or int8 rows
-//   with one step; sums inside a block are exact 32-bit integers;
+//   with one step; sums inside a block are exact 32-bit integers (words.h: the same of
+//   16-bit numbers);
 // * float: panel of float32 values, x as it is.
 //
 //   y[m, j] = sum over blocks of scale[g, j] * (x . code - zero[g, j] * sum of x)

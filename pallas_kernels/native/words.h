@@ -54,7 +54,7 @@ INLINE void each_dword(const B* rows, const Use& use, std::integer_sequence<int,
 }
 
 // Byte rows at `p`, `stride` apart, times the first MR rows of x, which may be none. With
-// KEEP they are left as a panel [dwords of x][4][W] for the other rows.
+// KEEP their codes are left as a panel [dwords of x][4][W] for the other rows.
 template <int BITS, int H, int MR, bool KEEP, bool ORDERED>
 static void multiply_packed(const uint8_t* p, int64_t stride, int64_t units, int flip,
                             Ahead& ahead, const Factors& f, const F* s, const F* z,
@@ -220,7 +220,8 @@ static void dot_strip(const Call& c, int64_t column, float* y) {
       F s[4], z[4];
       stored_scales(c, c.scale_at(block.group, column + u * W), extra, 1.f, s, z);
       UNROLL for (int t = 0; t < 4; ++t) {
-        total[u][t] = fma(fmul(s[t], turned), fnma(z[t], all, icvt(acc[u][t])), total[u][t]);
+        const F v = fnma(z[t], all, icvt(acc[u][t]));
+        total[u][t] = fma(fmul(s[t], turned), v, total[u][t]);
       }
     }
   }
