@@ -65,7 +65,8 @@ struct Call {
   bool signed_codes = false;
   bool transpose = false;
   bool integer_engine = false;
-  int halves = 2;  // bytes of a quantized activation: 2 weight-only, 1 for int8
+  bool rounded = false;  // to int8 activations
+  int halves = 2;        // bytes that an engine wants of a quantized activation
   bool planes = false;  // the integer engine multiplies in tiles of a matrix unit
   int64_t tile = 1;     // dwords of x that it multiplies at once
   int64_t m = 0, k = 0, n = 0;
@@ -77,6 +78,7 @@ struct Call {
   const uint8_t* codes = nullptr;
   Array scale, zero, x, x_scale, bias;
   float table[256] = {};
+  bool bf16_table = false;  // its entries are exact in bfloat16
   void* y = nullptr;
   Type y_type = Type::f32;
   std::vector<Block> blocks;
@@ -116,6 +118,7 @@ struct Engine {
   const char* name;
   int strip;
   int64_t planes;  // dwords of x per tile from which `forward` wants planes, 0 for never
+  int byte_bits;   // widest codes that meet int8 activations as bytes
   // One row of activations.
   void (*prepare)(const Call&, float* xf, int64_t row);
   // Rows [m0, m1) and columns [c0, c1) of the result; c0 is a multiple of `strip`.

@@ -5,111 +5,22 @@
 //
 // * integer: panel of bytes, four neighbouring rows of W per dword; x is fixed point,
 //   x ~ step * (256 high + low) with step = absmax of the block / 32512, or int8 rows
-//   with one step; sums inside a block are exact 32-bit integers;
+//   with one step; sums inside a block are exact 32-bit integers (words.h: the same of
+//   16-bit numbers);
 // * float: panel of float32 values, x as it is.
 //
 //   y[m, j] = sum over blocks of scale[g, j] * (x . code - zero[g, j] * sum of x)
 
 #include "codes.h"
-#include "integers.h"
 #include "scales.h"
+#include "strips.h"
 #include "values.h"
 
-// Copies the byte rows of a strip that the matrix cuts off to whole strips.
-static void pad_strip(const uint8_t* p, int64_t stride, int64_t count, int64_t rows,
-                      uint8_t* out) {
-  for (int64_t i = 0; i < rows; ++i) {
-    std::memcpy(out + i * W, p + i * stride, count);
-    std::memset(out + i * W + count, 0, W - count);
-  }
-}
-
-// What 8-bit codes are turned into for `dot` (xor), and what that adds to a code.
-static int flip_of(const Call& c) {
-  return c.bits == 8 && c.signed_codes != kSigned ? 0x80 : 0;
-}
-
-static float shift_of(const Call& c) {
-  return flip_of(c) ? (kSigned ? -128.f : 128.f) : 0.f;
-}
-
-// A strip of packed rows: where it is, padded when the matrix cuts it off.
-struct Strip {
-  const uint8_t* p;
-  int64_t stride;
-};
-
-static Strip strip_of(const Call& c, const Block& block, int64_t column, int64_t count,
-                      uint8_t* edge) {
-  const uint8_t* p = c.codes_at(block.packed, column);
-  if (c.strips) return {p, kStrip};
-  if (count == W) return {p, c.n};
-  pad_strip(p, c.n, count, block.units * c.unit_rows, edge);
-  return {edge, W};
-}
-
-// What `forward` reads `kSpan` bytes of a row later: one strip of several asks for whole
-// spans of some of the rows, because memory likes neighbouring lines at once.
-INLINE Ahead ahead_of(const Call& c, size_t b, int64_t column, int64_t c0, int64_t c1) {
-  constexpr int64_t kStrips = kSpan / W;
-  const int64_t in_span = (column - c0) % kSpan;
-  int64_t next = column - in_span + kSpan;
-  if (next >= c1) {
-    if (++b == c.blocks.size()) return {nullptr, 0, 0, 0};
-    next = c0;
-  }
-  const Block& block = c.blocks[b];
-  const int64_t rows = block.units * c.unit_rows, share = (rows + kStrips - 1) / kStrips;
-  const int64_t first = in_span / W * share;
-  const int64_t last = first + share < rows ? first + share : rows;
-  const uint8_t* p = c.codes + (block.packed + first) * c.n + next;
-  return {p, c.n, (last - first) * (kSpan / 64), 0};
-}
-
-// One row of x times a stored strip: the columns from `column` on, to y [4 L].
-template <int BITS, int H>
-static void dot_strip(const Call& c, int64_t column, float* y) {
-  constexpr int PER = Unit<BITS>::kPer;
-  constexpr auto each = std::make_integer_sequence<int, PER>();
-  const B turn = bset(flip_of(c));
-  const float extra = c.offset + shift_of(c), *step = c.step, *sum = c.sum;
-  F total[4] = {fset(0), fset(0), fset(0), fset(0)};
-  for (const Block& block : c.blocks) {
-    I acc[1][H][4];
-    clear<H, 1>(acc);
-    B rows[Unit<BITS>::kRows][4];
-    const uint8_t* p = c.codes_at(block.packed, column);
-    const int32_t* x = c.xq_of(block, 0);
-    for (int64_t units = block.units; units > 0; units -= 4, x += PER * H) {
-      load_units<BITS, true>(p, kStrip, units, turn, rows);
-      dot_units<BITS, H, 1, false>(rows[0], x, 0, acc, nullptr, each);
-      p += kOrdered<BITS>;
-    }
-    F s[4], z[4];
-    stored_scales(c, c.scale_at(block.group, column), extra, 1.f, s, z);
-    const F turned = fset(*step++), all = fset(*sum++);
-    UNROLL for (int t = 0; t < 4; ++t) {
-      F v;
-      if constexpr (H == 2) {
-        v = halves(acc[0][0][t], acc[0][1][t]);
-      } else {
-        v = icvt(acc[0][0][t]);
-      }
-      total[t] = fma(fmul(s[t], turned), fnma(z[t], all, v), total[t]);
-    }
-  }
-  UNROLL for (int t = 0; t < 4; ++t) fstore(y + t * L, total[t]);
-}
-
-using DotStrip = void (*)(const Call&, int64_t, float*);
-
-template <int H>
-static DotStrip strip_dot(int bits) {
-  constexpr DotStrip all[] = {dot_strip<1, H>, dot_strip<2, H>, dot_strip<3, H>,
-                              dot_strip<4, H>, dot_strip<5, H>, dot_strip<6, H>,
-                              dot_strip<7, H>, dot_strip<8, H>};
-  return all[bits - 1];
-}
+#if defined(QJAX_LANES_AVX2)
+#include "words.h"
+#else
+#include "integers.h"
+#endif
 
 static void finish(const Call& c, const float* y, int64_t y_stride, int64_t m0, int64_t m1,
                    int64_t c0, int64_t c1, bool weave) {
@@ -133,35 +44,12 @@ static void finish(const Call& c, const float* y, int64_t y_stride, int64_t m0, 
   }
 }
 
-// Quantized x of a block from row `r` on.
-INLINE Factors factors_of(const Call& c, const Block& block, int64_t r) {
-  const int64_t blocks = c.blocks.size(), at = r * blocks + (&block - c.blocks.data());
-  return {c.xq_of(block, r), block.dwords * c.halves, c.step + at, c.sum + at, blocks};
-}
-
 // One strip and block of `forward`: y [rows of x][4 L] += x W.
 INLINE void add_strip(const Call& c, const Strip& strip, Ahead ahead, const Block& block,
                       int64_t m0, int64_t m1, const F* s, const F* z, uint8_t* panel,
                       float* y, int64_t y_stride) {
   if (c.integer_engine) {
-    const int64_t rows = m1 - m0, tile = c.halves == 2 ? kTile<2> : kTile<1>;
-    const MultiplyPacked packed = packed_multiplier(c, rows == 1);
-    int64_t n = !packed ? 0 : rows == 1 ? 1 : c.halves == 2 ? kFirst<2> : kFirst<1>;
-    const int64_t turns = (1 + (rows - n + tile - 1) / tile) * block.dwords;
-    ahead.rate = (ahead.lines + turns - 1) / turns;
-    if (packed) {
-      packed(strip.p, strip.stride, block.units, flip_of(c), ahead, factors_of(c, block, m0),
-             s, z, panel, y, y_stride);
-    } else {
-      codes_decoder(c)(strip.p, strip.stride, block.units, flip_of(c), ahead, panel);
-    }
-    for (int64_t r = m0 + n; r < m1; r += n) {
-      y += n * y_stride;
-      n = m1 - r < tile ? m1 - r : tile;
-      codes_multiplier(c, n)(panel, block.dwords, ahead, factors_of(c, block, r), s, z, y,
-                             y_stride);
-    }
-    return;
+    return add_codes(c, strip, ahead, block, m0, m1, s, z, panel, y, y_stride);
   }
   ask(ahead, ahead.lines);
   const int64_t blocks = c.blocks.size(), b = &block - c.blocks.data();
@@ -205,8 +93,11 @@ INLINE void forward_strips(const Call& c, int64_t m0, int64_t m1, int64_t c0, in
   };
   // Memory likes one strip after the other, many rows of x one block after the other.
   if (c.strips && m1 - m0 <= kFewRows) {
-    for (int64_t column = c0; column < c1; column += W) {
-      for (size_t b = 0; b < c.blocks.size(); ++b) one(b, column);
+    for (int64_t column = c0; column < c1; column += kStrip) {
+      const int64_t end = column + kStrip < c1 ? column + kStrip : c1;
+      for (size_t b = 0; b < c.blocks.size(); ++b) {
+        for (int64_t at = column; at < end; at += W) one(b, at);
+      }
     }
   } else {
     for (size_t b = 0; b < c.blocks.size(); ++b) {
@@ -218,11 +109,11 @@ INLINE void forward_strips(const Call& c, int64_t m0, int64_t m1, int64_t c0, in
 
 // `forward` for one row of x and integers in strips.
 static void forward_row(const Call& c, int64_t c0, int64_t c1) {
-  alignas(64) float y[W];
-  const DotStrip dot = c.halves == 2 ? strip_dot<2>(c.bits) : strip_dot<1>(c.bits);
-  for (int64_t column = c0; column < c1; column += W) {
+  alignas(64) float y[kDot];
+  const DotStrip dot = strip_dot(c);
+  for (int64_t column = c0; column < c1; column += kDot) {
     dot(c, column, y);
-    finish(c, y, W, 0, 1, column, column + W < c1 ? column + W : c1, false);
+    finish(c, y, kDot, 0, 1, column, column + kDot < c1 ? column + kDot : c1, false);
   }
 }
 
@@ -230,7 +121,7 @@ static void forward(const Call& c, int64_t m0, int64_t m1, int64_t c0, int64_t c
   if (c.strips && c.integer_engine && c.m == 1) return forward_row(c, c0, c1);
   thread_local Buffer panels;
   uint8_t* panel =
-      panels.get<uint8_t>(c.integer_engine ? (kBlock + 32) * W
+      panels.get<uint8_t>(c.integer_engine ? (kBlock + 32) * W * kPanel
                                            : (kFloatBlock + 8) * W * sizeof(float));
   auto add = [&](const Strip& strip, const Ahead& ahead, const Block& block, const F* s,
                  const F* z, float* y, int64_t y_stride) INLINE_LAMBDA {

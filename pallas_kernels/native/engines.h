@@ -10,10 +10,11 @@
 #include "isa.h"
 
 #define QJAX_ENGINE(isa) \
-  {#isa, isa::W, 0, isa::prepare, isa::forward, isa::transposed, isa::attend}
+  {#isa,         isa::W,       0,              isa::kWords ? 4 : 8,                  \
+   isa::prepare, isa::forward, isa::transposed, isa::attend}
 #define QJAX_TILED(name, isa, planes)                                \
-  {name,           isa::W, planes, isa::prepare, isa::forward_tiles, \
-   isa::transposed, isa::attend}
+  {name,         isa::W,             planes,          8,                         \
+   isa::prepare, isa::forward_tiles, isa::transposed, isa::attend}
 
 namespace qjax {
 

@@ -1,12 +1,7 @@
 // Blocks of integer codes times quantized x, included by engine.h.
 
-// Quantized activations of some rows and one block, and what turns sums into results.
-struct Factors {
-  const int32_t* x;
-  int64_t x_stride;
-  const float *step, *sum;
-  int64_t step_stride;
-};
+constexpr int kDot = W;    // columns of `dot_strip`
+constexpr int kPanel = 1;  // bytes of a code in a panel
 
 // y += scale * step * (acc - zero * sum) for MR rows of y, woven.
 template <int H, int MR>
@@ -206,4 +201,76 @@ static DecodeCodes codes_decoder(int bits) {
 
 static DecodeCodes codes_decoder(const Call& c) {
   return c.strips ? codes_decoder<true>(c.bits) : codes_decoder<false>(c.bits);
+}
+
+// One strip and block of `forward`: y [rows of x][4 L] += x W.
+INLINE void add_codes(const Call& c, const Strip& strip, Ahead ahead, const Block& block,
+                      int64_t m0, int64_t m1, const F* s, const F* z, uint8_t* panel,
+                      float* y, int64_t y_stride) {
+  const int64_t rows = m1 - m0, tile = c.halves == 2 ? kTile<2> : kTile<1>;
+  const MultiplyPacked packed = packed_multiplier(c, rows == 1);
+  int64_t n = !packed ? 0 : rows == 1 ? 1 : c.halves == 2 ? kFirst<2> : kFirst<1>;
+  const int64_t turns = (1 + (rows - n + tile - 1) / tile) * block.dwords;
+  ahead.rate = (ahead.lines + turns - 1) / turns;
+  if (packed) {
+    packed(strip.p, strip.stride, block.units, flip_of(c), ahead, factors_of(c, block, m0),
+           s, z, panel, y, y_stride);
+  } else {
+    codes_decoder(c)(strip.p, strip.stride, block.units, flip_of(c), ahead, panel);
+  }
+  for (int64_t r = m0 + n; r < m1; r += n) {
+    y += n * y_stride;
+    n = m1 - r < tile ? m1 - r : tile;
+    codes_multiplier(c, n)(panel, block.dwords, ahead, factors_of(c, block, r), s, z, y,
+                           y_stride);
+  }
+}
+
+// One row of x times a stored strip: the columns from `column` on, to y [4 L].
+template <int BITS, int H>
+static void dot_strip(const Call& c, int64_t column, float* y) {
+  constexpr int PER = Unit<BITS>::kPer;
+  constexpr auto each = std::make_integer_sequence<int, PER>();
+  const B turn = bset(flip_of(c));
+  const float extra = c.offset + shift_of(c), *step = c.step, *sum = c.sum;
+  F total[4] = {fset(0), fset(0), fset(0), fset(0)};
+  for (const Block& block : c.blocks) {
+    I acc[1][H][4];
+    clear<H, 1>(acc);
+    B rows[Unit<BITS>::kRows][4];
+    const uint8_t* p = c.codes_at(block.packed, column);
+    const int32_t* x = c.xq_of(block, 0);
+    for (int64_t units = block.units; units > 0; units -= 4, x += PER * H) {
+      load_units<BITS, true>(p, kStrip, units, turn, rows);
+      dot_units<BITS, H, 1, false>(rows[0], x, 0, acc, nullptr, each);
+      p += kOrdered<BITS>;
+    }
+    F s[4], z[4];
+    stored_scales(c, c.scale_at(block.group, column), extra, 1.f, s, z);
+    const F turned = fset(*step++), all = fset(*sum++);
+    UNROLL for (int t = 0; t < 4; ++t) {
+      F v;
+      if constexpr (H == 2) {
+        v = halves(acc[0][0][t], acc[0][1][t]);
+      } else {
+        v = icvt(acc[0][0][t]);
+      }
+      total[t] = fma(fmul(s[t], turned), fnma(z[t], all, v), total[t]);
+    }
+  }
+  UNROLL for (int t = 0; t < 4; ++t) fstore(y + t * L, total[t]);
+}
+
+using DotStrip = void (*)(const Call&, int64_t, float*);
+
+template <int H>
+static DotStrip strip_dot(int bits) {
+  constexpr DotStrip all[] = {dot_strip<1, H>, dot_strip<2, H>, dot_strip<3, H>,
+                              dot_strip<4, H>, dot_strip<5, H>, dot_strip<6, H>,
+                              dot_strip<7, H>, dot_strip<8, H>};
+  return all[bits - 1];
+}
+
+static DotStrip strip_dot(const Call& c) {
+  return c.halves == 2 ? strip_dot<2>(c.bits) : strip_dot<1>(c.bits);
 }

@@ -270,7 +270,13 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes
     }
     auto* values = static_cast<const float*>(table.untyped_data());
     if (!shared) values += at * entries;
-    for (int64_t i = 0; i < 256; ++i) c.table[i] = values[i & last];
+    c.bf16_table = true;
+    for (int64_t i = 0; i < 256; ++i) {
+      uint32_t entry;
+      std::memcpy(&entry, &values[i & last], 4);
+      c.bf16_table = c.bf16_table && !(entry & 0xFFFF);
+      c.table[i] = values[i & last];
+    }
   } else {
     for (int64_t i = 0; i < 256; ++i) c.table[i] = float(i & last);
   }
@@ -280,8 +286,8 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes
   c.m = x.dimensions()[0];
   c.x = {x.untyped_data(), type_of(x.element_type())};
   c.integer_engine = c.kind == Kind::integer && !transpose;
-  c.halves = x_bits == 8 ? 1 : 2;
-  if (x_bits == 8 && !c.integer_engine) return bad("int8 activations need integers");
+  c.rounded = x_bits == 8;
+  if (c.rounded && !c.integer_engine) return bad("int8 activations need integers");
   if (!empty(x_scale)) {
     c.x_scale = {x_scale.untyped_data(), type_of(x_scale.element_type())};
     if (c.x_scale.type != Type::f32 || x_bits != 8 || !shaped(x_scale, {c.m})) {
@@ -306,6 +312,7 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes
   if (c.m == 0) return ffi::Error::Success();
   try {
     const Engine& engine = qjax::engine();
+    c.halves = c.rounded && bits <= engine.byte_bits ? 1 : 2;
     cut_blocks(c, group, engine);
     if (run(c, engine, pool)) return ffi::Error::Success();
   } catch (const std::bad_alloc&) {

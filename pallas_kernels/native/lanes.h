@@ -13,6 +13,7 @@
 
 constexpr int W = 64, L = 16, kRows = 6;
 constexpr bool kWraps = true;    // table lookups ignore upper index bits
+constexpr bool kPlanes = false, kWords = false;
 constexpr bool kSigned = false;  // 8-bit codes enter `dot` unsigned
 using B = __m512i;
 using I = __m512i;
@@ -113,14 +114,15 @@ INLINE F woven(const float* p, int t) {
 
 #elif defined(QJAX_LANES_AVX2) || defined(QJAX_LANES_AVXVNNI)
 
-constexpr int W = 32, L = 8, kRows = 2;
+constexpr int W = 32, L = 8;
 constexpr bool kWraps = false;
+constexpr bool kPlanes = true;  // a small table is bytes of its entries
 constexpr bool kSigned = false;
 using B = __m256i;
 using I = __m256i;
 using F = __m256;
 struct Table {
-  F low, high;
+  B plane[4];  // bytes 0 to 3 of the 16 entries, twice
 };
 
 INLINE B load(const uint8_t* p) {
@@ -153,32 +155,38 @@ INLINE I iload(const uint8_t* p) {
 }
 INLINE I as_dwords(B v) { return v; }
 #if defined(QJAX_LANES_AVXVNNI)
+constexpr int kRows = 2;
+constexpr bool kWords = false;
 template <int BITS>
 INLINE I dot(I acc, I w, I x) {
   __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(x));
   return acc;
 }
-#else
-// Products of neighbours are added in 16 bits, which 8-bit codes could saturate: these
-// go in as two nibbles.
-template <int BITS>
-INLINE I dot(I acc, I w, I x) {
-  const I one = _mm256_set1_epi16(1);
-  if constexpr (BITS < 8) {
-    I pairs = _mm256_maddubs_epi16(w, x);
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, one));
-  }
-  const I nibble = _mm256_set1_epi8(15);
-  I low = _mm256_maddubs_epi16(_mm256_and_si256(w, nibble), x);
-  I high = _mm256_maddubs_epi16(
-      _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble), x);
-  acc = _mm256_add_epi32(acc, _mm256_madd_epi16(low, one));
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
-}
-#endif
 INLINE F halves(I hi, I lo) {
   return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_slli_epi32(hi, 8), lo));
 }
+#else
+constexpr int kRows = 3;
+constexpr bool kWords = true;  // words.h takes the place of integers.h
+INLINE I even_bytes(I v) { return _mm256_and_si256(v, _mm256_set1_epi16(255)); }
+INLINE I odd_bytes(I v) { return _mm256_srli_epi16(v, 8); }
+INLINE I byte_products(I w, I x) { return _mm256_maddubs_epi16(w, x); }
+// One statement each, or GCC 12 multiplies ahead and spills the sums.
+INLINE I dot_words(I acc, I w, I x) {
+  I product;
+  __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
+          : "+x"(acc), "=&x"(product)
+          : "x"(w), "x"(x));
+  return acc;
+}
+INLINE I dot_bytes(I words, I w, I x) {
+  I product;
+  __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+          : "+x"(words), "=&x"(product)
+          : "x"(w), "x"(x));
+  return words;
+}
+#endif
 INLINE F icvt(I v) { return _mm256_cvtepi32_ps(v); }
 INLINE I iand(I a, I b) { return _mm256_and_si256(a, b); }
 INLINE I ior(I a, I b) { return _mm256_or_si256(a, b); }
@@ -194,11 +202,37 @@ INLINE __m128i eight(const uint8_t* p) {
 INLINE I widen(const uint8_t* p) { return _mm256_cvtepu8_epi32(eight(p)); }
 INLINE I widen_signed(const uint8_t* p) { return _mm256_cvtepi8_epi32(eight(p)); }
 INLINE Table table(const float* t) {
-  return {_mm256_loadu_ps(t), _mm256_loadu_ps(t + 8)};
+  const __m128i by = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  __m128i v[4];
+  UNROLL for (int i = 0; i < 4; ++i) {
+    v[i] = _mm_shuffle_epi8(_mm_castps_si128(_mm_loadu_ps(t + 4 * i)), by);
+  }
+  __m128i ab = _mm_unpacklo_epi32(v[0], v[1]), AB = _mm_unpackhi_epi32(v[0], v[1]);
+  __m128i cd = _mm_unpacklo_epi32(v[2], v[3]), CD = _mm_unpackhi_epi32(v[2], v[3]);
+  return {_mm256_broadcastsi128_si256(_mm_unpacklo_epi64(ab, cd)),
+          _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(ab, cd)),
+          _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(AB, CD)),
+          _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(AB, CD))};
 }
-INLINE F lookup(const Table& t, I i) {
-  F low = _mm256_permutevar8x32_ps(t.low, i), high = _mm256_permutevar8x32_ps(t.high, i);
-  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
+// Bytes of a strip so that `interleave` undoes their order.
+INLINE B unweave(B v) {
+  return _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+}
+// Entries of codes that were unwoven; SHORT, without the lower two bytes.
+template <bool SHORT>
+INLINE void lookup(const Table& t, B codes, F* out, std::bool_constant<SHORT>) {
+  B b[4], v[4];
+  UNROLL for (int i = 0; i < 4; ++i) b[i] = _mm256_shuffle_epi8(t.plane[i], codes);
+  if constexpr (SHORT) {
+    B low = _mm256_unpacklo_epi8(b[2], b[3]), high = _mm256_unpackhi_epi8(b[2], b[3]);
+    v[0] = _mm256_unpacklo_epi16(bzero(), low);
+    v[1] = _mm256_unpackhi_epi16(bzero(), low);
+    v[2] = _mm256_unpacklo_epi16(bzero(), high);
+    v[3] = _mm256_unpackhi_epi16(bzero(), high);
+  } else {
+    interleave(b[0], b[1], b[2], b[3], v);
+  }
+  UNROLL for (int i = 0; i < 4; ++i) out[i] = _mm256_castsi256_ps(v[i]);
 }
 INLINE F gather(const float* t, I i) { return _mm256_i32gather_ps(t, i, 4); }
 INLINE F fload(const float* p) { return _mm256_loadu_ps(p); }
@@ -240,7 +274,7 @@ INLINE F woven(const float* p, int t) {
 #elif defined(QJAX_LANES_NEON)
 
 constexpr int W = 16, L = 4, kRows = 4;
-constexpr bool kWraps = false;
+constexpr bool kWraps = false, kPlanes = false, kWords = false;
 constexpr bool kSigned = true;
 using B = uint8x16_t;
 using I = int32x4_t;
@@ -344,7 +378,7 @@ INLINE F woven(const float* p, int t) { return vld1q_f32(p + 4 * t); }
 #else  // plain C++
 
 constexpr int W = 16, L = 4, kRows = 2;
-constexpr bool kWraps = false;
+constexpr bool kWraps = false, kPlanes = false, kWords = false;
 constexpr bool kSigned = false;
 struct B {
   uint8_t v[16];

@@ -26,14 +26,32 @@ static void place(const uint8_t* bytes, int64_t groups, int64_t skip, int32_t* o
   }
 }
 
+// Numbers `[groups][4 units][PER rows]` as pairs of words `[groups][PER][2]`: of the even
+// units, and of the odd.
+static void place_words(const int32_t* q, int64_t groups, int64_t per, int32_t* out) {
+  for (; groups > 0; --groups, q += 4 * per) {
+    for (int64_t j = 0; j < per; ++j) {
+      for (int u = 0; u < 2; ++u) {
+        const auto even = static_cast<uint32_t>(q[u * per + j]);
+        const auto odd = static_cast<uint32_t>(q[(u + 2) * per + j]);
+        *out++ = static_cast<int32_t>((even & 0xFFFF) | odd << 16);
+      }
+    }
+  }
+}
+
 // One block of x in fixed point, bytes in the order of a panel. Returns the sum.
 static int32_t place(const Call& c, const Block& block, int32_t* q, int32_t* to) {
   uint8_t high[kBlock + 32], low[kBlock + 32];
   const int64_t count = 4 * block.dwords, groups = block.dwords / c.per;
   for (int64_t i = block.rows; i < count; ++i) q[i] = 0;
   int32_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += q[i];
+  if (kWords && c.halves == 2) {
+    place_words(q, groups, c.per, to);
+    return total;
+  }
   for (int64_t i = 0; i < count; ++i) {
-    total += q[i];
     high[i] = static_cast<uint8_t>((q[i] + 128) >> 8);
     low[i] = static_cast<uint8_t>(q[i]);
   }
@@ -90,16 +108,16 @@ static void prepare(const Call& c, float* xf, int64_t row) {
   float whole = 0;  // step of a row of int8 activations
   if (c.x_scale.type != Type::none) {
     to_floats(c.x_scale, row, 1, &whole);
-  } else if (c.halves == 1) {
+  } else if (c.rounded) {
     whole = absmax(x, columns) / 127.f;
     if (whole < 0x1p-126f) whole = 1;
   }
   for (int64_t b = 0; b < blocks; ++b) {
     const Block& block = c.blocks[b];
     const float* from = x + block.first;
-    step[b] = c.halves == 1 ? whole : absmax(from, block.rows) / kTop;
+    step[b] = c.rounded ? whole : absmax(from, block.rows) / kTop;
     const float by = coded || !(step[b] != 0) ? 1.f : step[b];
-    quantize(from, block.rows, by, coded ? 128.f : c.halves == 1 ? 127.f : kTop, q);
+    quantize(from, block.rows, by, coded ? 128.f : c.rounded ? 127.f : kTop, q);
     // An infinite or undefined activation makes its row undefined.
     if (!(step[b] < INFINITY)) step[b] = NAN;
     sum[b] = float(place(c, block, q, c.xq_of(block, row)));

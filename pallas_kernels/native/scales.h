@@ -14,6 +14,7 @@ INLINE const float* strip_floats(const Array& a, int64_t first, int64_t count,
 // A strip's worth of stored numbers from element `first` on.
 INLINE void strip_vectors(const Array& a, int64_t first, F* out) {
   alignas(64) float line[W];
+  auto* bytes = static_cast<const uint8_t*>(a.data) + first;
   auto* words = static_cast<const uint16_t*>(a.data) + first;
   auto* floats = static_cast<const float*>(a.data) + first;
   if (a.type == Type::f16) {
@@ -21,10 +22,12 @@ INLINE void strip_vectors(const Array& a, int64_t first, F* out) {
   } else if (a.type == Type::bf16) {
     UNROLL for (int t = 0; t < 4; ++t) out[t] = load_bf16(words + t * L);
   } else {
-    if (a.type != Type::f32) {
+    if (a.type == Type::e8m0) {  // vectors, because the count is known here
+      for (int i = 0; i < W; ++i) line[i] = from_e8m0(bytes[i]);
+    } else if (a.type != Type::f32) {
       to_floats(a, first, W, line);
-      floats = line;
     }
+    if (a.type != Type::f32) floats = line;
     UNROLL for (int t = 0; t < 4; ++t) out[t] = fload(floats + t * L);
   }
 }

@@ -7,7 +7,10 @@ INLINE void clear(F (*acc)[4]) {
   }
 }
 
-enum class Value { table, cast, gather, e4m3, e5m2 };
+enum class Value { table, bf16, cast, gather, e4m3, e5m2 };  // bf16: a table of such
+
+template <Value V>
+constexpr bool kByPlanes = kPlanes && (V == Value::table || V == Value::bf16);
 
 template <int BITS, Value V, int J>
 INLINE F value(const I* rows, const Table& small, const float* large) {
@@ -47,6 +50,34 @@ INLINE void load_values(const uint8_t* p, int64_t stride, const Call& c,
   }
 }
 
+// Calls `use(j, t, w)` with vector `t` of each row `j` of a unit.
+template <int BITS, Value V, class Use, int... J>
+INLINE void each_value(const uint8_t* p, int64_t stride, const Call& c,
+                       const Table& small, const Use& use,
+                       std::integer_sequence<int, J...> each) {
+  constexpr int R = Unit<BITS>::kRows, PER = Unit<BITS>::kPer;
+  if constexpr (kByPlanes<V>) {
+    B rows[R];
+    UNROLL for (int r = 0; r < R; ++r) {
+      rows[r] = load(p + r * stride);
+      rows[r] = unweave(rows[r]);
+    }
+    auto one = [&](auto j) INLINE_LAMBDA {
+      F w[4];
+      const B codes = code<BITS, decltype(j)::value, true>(rows, 1);
+      lookup(small, codes, w, std::bool_constant<V == Value::bf16>());
+      UNROLL for (int t = 0; t < 4; ++t) use(j, t, w[t]);
+    };
+    (one(std::integral_constant<int, J>()), ...);
+  } else {
+    UNROLL for (int t = 0; t < 4; ++t) {
+      F out[PER];
+      load_values<BITS, V>(p + t * L, stride, c, small, out, each);
+      UNROLL for (int j = 0; j < PER; ++j) use(j, t, out[j]);
+    }
+  }
+}
+
 // Byte rows to a panel [rows][4][L] of float values.
 template <int BITS, Value V>
 static void decode_values(const uint8_t* p, int64_t stride, int64_t units, const Call& c,
@@ -56,11 +87,10 @@ static void decode_values(const uint8_t* p, int64_t stride, int64_t units, const
   const Table small = table(c.table);
   for (; units > 0; --units, p += R * stride, panel += PER * 4 * L) {
     ask_strip<R>(p, stride);
-    UNROLL for (int t = 0; t < 4; ++t) {
-      F out[PER];
-      load_values<BITS, V>(p + t * L, stride, c, small, out, each);
-      UNROLL for (int j = 0; j < PER; ++j) fstore(panel + (j * 4 + t) * L, out[j]);
-    }
+    auto keep = [&](int j, int t, F w) INLINE_LAMBDA {
+      fstore(panel + (j * 4 + t) * L, w);
+    };
+    each_value<BITS, V>(p, stride, c, small, keep, each);
   }
 }
 
@@ -72,29 +102,26 @@ static void dot_values(const uint8_t* p, int64_t stride, int64_t rows, const Cal
   constexpr int R = Unit<BITS>::kRows, PER = Unit<BITS>::kPer;
   constexpr auto each = std::make_integer_sequence<int, PER>();
   const Table small = table(c.table);
+  // Two turns of the loop at once keep more sums in flight than an addition takes; bytes
+  // of entries take longer to join than that.
+  constexpr int SUMS = kByPlanes<V> ? 1 : 2;
   F acc[2][4];
   clear<2>(acc);
-  // Two turns of the loop at once keep more sums in flight than an addition takes.
   for (; rows >= 2 * PER; rows -= 2 * PER, x += 2 * PER) {
     UNROLL for (int u = 0; u < 2; ++u, p += R * stride) {
       ask_strip<R>(p, stride);
-      UNROLL for (int t = 0; t < 4; ++t) {
-        F out[PER];
-        load_values<BITS, V>(p + t * L, stride, c, small, out, each);
-        UNROLL for (int j = 0; j < PER; ++j) {
-          acc[(j + u) % 2][t] = fma(fset(x[u * PER + j]), out[j], acc[(j + u) % 2][t]);
-        }
-      }
+      auto add = [&](int j, int t, F w) INLINE_LAMBDA {
+        F& to = acc[(j + u) % SUMS][t];
+        to = fma(fset(x[u * PER + j]), w, to);
+      };
+      each_value<BITS, V>(p, stride, c, small, add, each);
     }
   }
   for (; rows > 0; rows -= PER, x += PER, p += R * stride) {
-    UNROLL for (int t = 0; t < 4; ++t) {
-      F out[PER];
-      load_values<BITS, V>(p + t * L, stride, c, small, out, each);
-      UNROLL for (int j = 0; j < PER; ++j) {
-        if (j < rows) acc[j % 2][t] = fma(fset(x[j]), out[j], acc[j % 2][t]);
-      }
-    }
+    auto add = [&](int j, int t, F w) INLINE_LAMBDA {
+      if (j < rows) acc[j % SUMS][t] = fma(fset(x[j]), w, acc[j % SUMS][t]);
+    };
+    each_value<BITS, V>(p, stride, c, small, add, each);
   }
   const F total = fset(*sum);
   UNROLL for (int t = 0; t < 4; ++t) {
@@ -141,15 +168,19 @@ template <int BITS, Value V>
 constexpr ValueCode kValueCode = {decode_values<BITS, V>, dot_values<BITS, V>};
 
 static ValueCode value_code(const Call& c) {
-  constexpr ValueCode low[] = {kValueCode<1, Value::table>, kValueCode<2, Value::table>,
-                               kValueCode<3, Value::table>, kValueCode<4, Value::table>};
-  constexpr ValueCode cast[] = {kValueCode<5, Value::cast>, kValueCode<6, Value::cast>,
-                                kValueCode<7, Value::cast>, kValueCode<8, Value::cast>};
-  constexpr ValueCode wide[] = {
+  static constexpr ValueCode low[] = {
+      kValueCode<1, Value::table>, kValueCode<2, Value::table>,
+      kValueCode<3, Value::table>, kValueCode<4, Value::table>};
+  static constexpr ValueCode cast[] = {
+      kValueCode<5, Value::cast>, kValueCode<6, Value::cast>,
+      kValueCode<7, Value::cast>, kValueCode<8, Value::cast>};
+  static constexpr ValueCode wide[] = {
       kValueCode<5, Value::gather>, kValueCode<6, Value::gather>,
       kValueCode<7, Value::gather>, kValueCode<8, Value::gather>};
   if (c.kind == Kind::e4m3) return kValueCode<8, Value::e4m3>;
   if (c.kind == Kind::e5m2) return kValueCode<8, Value::e5m2>;
+  constexpr Value kShort = kPlanes ? Value::bf16 : Value::table;
+  if (c.bits == 4 && c.bf16_table) return kValueCode<4, kShort>;
   if (c.bits <= 4) return low[c.bits - 1];
   return c.kind == Kind::integer ? cast[c.bits - 5] : wide[c.bits - 5];
 }

@@ -77,6 +77,24 @@ def test_products_are_those_of_the_layout_at_rest(isa, kind, bits, rng):
                 )
 
 
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_sums_of_integers_are_exact(isa, bits, rounded, rng):
+    """A result of one block is one sum times a scale: the same bits everywhere."""
+    spec = WeightSpec(248, 70, "int", bits, 248)
+    w, _ = random_weight(rng, spec)
+    made = cpu_layout.prepack(w, spec)
+    matmul = cpu_a8.matmul if rounded else cpu.matmul
+    for m in (1, 2, 9, 15):
+        x = jnp.asarray(rng.standard_normal((m, spec.k)).astype(np.float32))
+        found = [matmul(x, *made)] + [matmul(x, w, spec)] * (m > 8)
+        native.choose_isa("plain")
+        wanted = matmul(x, *made)
+        native.choose_isa(isa)
+        for y in found:
+            np.testing.assert_array_equal(y, wanted)
+
+
 def test_transpose(rng):
     (w, spec), made = pair("table", 4, SHAPES[0], rng)
     x = jnp.asarray(rng.standard_normal((3, spec.n)).astype(np.float32))
