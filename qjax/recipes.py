@@ -238,7 +238,7 @@ PRESETS: dict[str, tuple[Format, Method]] = {
     "mxfp4": (MXFP4(), RTN("mse")),
     "mxfp8": (MXFP8(), RTN()),
     "nvfp4": (NVFP4(), RTN("mse")),
-    "w8a8": (Int(8, "channel"), RoundInputs(SmoothQuant())),
+    "w8a8": (Int(8, "channel"), SmoothQuant(RoundInputs())),
     "llm-int8": (Int(8, "channel"), LLMInt8(inner=RoundInputs())),
     "hqq-int4-g64": (_int(4, 64), HQQ()),
     "hqq-int3-g64": (_int(3, 64), HQQ()),
