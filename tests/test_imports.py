@@ -44,6 +44,7 @@ LAYERS = [
     ["artifact"],
     ["checkpoint"],
     ["calibration", "reports"],
+    ["parameter"],
     ["parts"],
     ["quantize", "inspection"],
     ["convert"],

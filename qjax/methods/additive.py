@@ -27,12 +27,11 @@ from qjax.additive import AdditiveTensor, decode_additive
 from qjax.errors import SpecError
 from qjax.formats import Additive, Format
 from qjax.methods.base import Method
-from qjax.methods.hessian import damped, factor
+from qjax.methods.hessian import damped, factor, output_error
 from qjax.methods.statistics import Statistics
 from qjax.methods.sweeps import (
     descent,
     diagonal_blocks,
-    output_error,
     refit,
     sweep,
 )

@@ -36,6 +36,7 @@ from jaxtyping import Array, Float
 from qjax.errors import SpecError
 from qjax.formats import Format
 from qjax.formats.base import FLOAT_SCALES, check_choice
+from qjax.methods import hessian
 from qjax.methods.base import Method
 from qjax.methods.change import scale_inputs
 from qjax.methods.clip import clip_weight, clips
@@ -207,8 +208,7 @@ def output_error(
     """
     if statistics.hessian is None:
         return jnp.sum(jnp.square(d) * statistics.square[:, None], axis=0)
-    turned = jnp.matmul(statistics.hessian, d, precision="highest")
-    return jnp.sum(d * turned, axis=0)
+    return hessian.output_error(d, statistics.hessian)
 
 
 def least_error(

@@ -14,23 +14,18 @@ Calibration, arXiv 2504.02692, algorithm 1.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from qjax.errors import SpecError
-from qjax.formats import Format
-from qjax.methods.gptq import GPTQ, feedback_name
-from qjax.methods.hessian import Curvature, curvature
-from qjax.methods.layerwise import activation_order
-from qjax.methods.statistics import Statistics
+from qjax.methods.gptq import DriftGPTQ, feedback_name
+from qjax.methods.hessian import Curvature
 
 
 @dataclasses.dataclass(frozen=True)
-class GPTAQ(GPTQ):
+class GPTAQ(DriftGPTQ):
     """Error feedback with the drift of earlier layers; other fields as `GPTQ`.
 
     Attributes:
@@ -41,7 +36,6 @@ class GPTAQ(GPTQ):
     """
 
     alpha: float = 0.25
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian", "cross"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,19 +47,8 @@ class GPTAQ(GPTQ):
         """`gptaq`, or `gptaq-act-order` and so on."""
         return feedback_name("gptaq", self)
 
-    def prepare(
-        self,
-        weights: Sequence[Float[Array, "in _"]],
-        fmt: Format,
-        statistics: Statistics | None,
-    ) -> Curvature:
+    def corrected(self, h: Any, cross: Any, shared: Curvature) -> Curvature:
         """The factor that includes the drift, and the weight it starts from."""
-        del weights
-        stats = self.check_statistics(statistics)
-        h, cross = stats.hessian, stats.cross
-        assert h is not None and cross is not None  # check_statistics
-        order = activation_order(jnp.diagonal(h), self.act_order, fmt)
-        shared = curvature(h, order, damp=self.damp)
         return _drifted(h, cross, shared, alpha=self.alpha)
 
 

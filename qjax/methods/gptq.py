@@ -11,6 +11,7 @@ Pre-trained Transformers, arXiv 2210.17323; activation order and static groups a
 its repository, group-aware order as in GPTQModel (`act_group_aware`).
 """
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -103,6 +104,31 @@ class GPTQ(Method):
         return quantize_rows(
             w, fmt, shared, rule=self.range, static=static, grouped=grouped
         )
+
+
+class DriftGPTQ(GPTQ):
+    """GPTQ whose weight is corrected for what earlier layers did to the inputs.
+
+    Needs the inputs of the original model besides those of the quantized one
+    (`Statistics.cross`).
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian", "cross"})
+
+    def prepare(
+        self,
+        weights: Sequence[Float[Array, "in _"]],
+        fmt: Format,
+        statistics: Statistics | None,
+    ) -> Curvature:
+        """The factored Hessian, and how the weight is corrected."""
+        shared = super().prepare(weights, fmt, statistics)
+        assert statistics is not None  # checked there
+        return self.corrected(statistics.hessian, statistics.cross, shared)
+
+    @abc.abstractmethod
+    def corrected(self, h: Any, cross: Any, shared: Curvature) -> Curvature:
+        """The factor with the correction, from second and cross moments."""
 
 
 def check_feedback(method: Any) -> None:

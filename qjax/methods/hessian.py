@@ -201,6 +201,13 @@ def _reversed(h):
     return turned[::-1, ::-1]
 
 
+def output_error(
+    e: Float[Array, "in out"], h: Float[Array, "in in"]
+) -> Float[Array, " out"]:
+    """`e_o^T H e_o` of every column."""
+    return jnp.sum(e * jnp.matmul(h, e, precision="highest"), axis=0)
+
+
 def check_curvature(shared: Curvature, name: str) -> int:
     """Times the damping was raised for an input; call it outside of `jit`.
 

@@ -15,48 +15,31 @@ Post-Training Quantization, arXiv 2505.11695, algorithm 1 and theorem 1.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qjax.formats import Format
-from qjax.methods.gptq import GPTQ, feedback_name
-from qjax.methods.hessian import Curvature, curvature, damped
-from qjax.methods.layerwise import activation_order
-from qjax.methods.statistics import Statistics
+from qjax.methods.gptq import DriftGPTQ, feedback_name
+from qjax.methods.hessian import Curvature, damped
 
 
 @dataclasses.dataclass(frozen=True)
-class Qronos(GPTQ):
+class Qronos(DriftGPTQ):
     """Error feedback towards the outputs of the original model; fields as `GPTQ`.
 
     Needs the inputs of the original model besides those of the quantized one
     (`Statistics.cross`). Where both agree it is GPTQ.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian", "cross"})
-
     @property
     def name(self) -> str:
         """`qronos`, or `qronos-act-order` and so on."""
         return feedback_name("qronos", self)
 
-    def prepare(
-        self,
-        weights: Sequence[Float[Array, "in _"]],
-        fmt: Format,
-        statistics: Statistics | None,
-    ) -> Curvature:
+    def corrected(self, h: Any, cross: Any, shared: Curvature) -> Curvature:
         """The factored Hessian and the map to the corrected weight."""
-        del weights
-        stats = self.check_statistics(statistics)
-        h, cross = stats.hessian, stats.cross
-        assert h is not None and cross is not None  # check_statistics
-        order = activation_order(jnp.diagonal(h), self.act_order, fmt)
-        shared = curvature(h, order, damp=self.damp)
         return _corrected(h, cross, shared, damp=self.damp)
 
 

@@ -29,13 +29,6 @@ Choose = Callable[[Any, Array], tuple[Array, Array]]
 """`(unit, target [rows, out])` to the unit's codes and its value `[rows, out]`."""
 
 
-def output_error(
-    e: Float[Array, "in out"], h: Float[Array, "in in"]
-) -> Float[Array, " out"]:
-    """`e_o^T H e_o` of every column."""
-    return jnp.sum(e * jnp.matmul(h, e, precision="highest"), axis=0)
-
-
 def descent(h: Float[Array, "in in"], unit: int = 1) -> Float[Array, "in in"]:
     """`C` of coordinate descent: `H D^-1` without its diagonal blocks."""
     size = h.shape[0]

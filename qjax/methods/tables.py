@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float, UInt8
 from qjax.formats import KMeans
 from qjax.formats.kmeans import lookup, nearest, normal_table
 from qjax.methods.clusters import fit_tables
-from qjax.methods.sweeps import descent, output_error, refit, sweep
+from qjax.methods.hessian import output_error
+from qjax.methods.sweeps import descent, refit, sweep
 from qjax.scales import store_scale
 
 REFIT_STEPS = 6
