@@ -114,12 +114,12 @@ def quantize(
             w,
             fmt,
             method or (TrellisLDLQ() if isinstance(fmt, Trellis) else RTN()),
-            importance,
-            key,
-            statistics,
-            shared,
             treatment,
             device.device_kind(),
+            importance=importance,
+            key=key,
+            statistics=statistics,
+            shared=shared,
         )
     q = with_dtype(q, "float32" if dtype == jnp.float64 else dtype.name)
     return Transposed(q) if axis == -1 else q
@@ -129,18 +129,10 @@ def _compute_dtype(dtype):
     return jnp.float32 if dtype == jnp.float64 else dtype
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 7, 8))
-def _quantize(
-    w, fmt, method, importance, key, statistics, shared, nonfinite, kind=None
-):
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _quantize(w, fmt, method, nonfinite, kind, **arrays):
     """Quantizes for a `kind` of device, which the choice of an encoder depends on."""
     del kind
-    arrays = {
-        "importance": importance,
-        "key": key,
-        "statistics": statistics,
-        "shared": shared,
-    }
     if nonfinite == "none":
         return method(w, fmt, **arrays)
     finite = jnp.where(jnp.isfinite(w), w, jnp.zeros_like(w))

@@ -80,7 +80,7 @@ def test_quantizing_on_a_tpu(fmt, dtype, monkeypatch):
     place = device_sharding("v6e", monkeypatch)
     w = jax.ShapeDtypeStruct((ROWS, COLS), dtype, sharding=place)
     with target("TPU v6 lite"):
-        compiled = _quantize.lower(w, fmt, RTN(), None, None, "none", "v6e").compile()
+        compiled = _quantize.lower(w, fmt, RTN(), "none", "v6e").compile()
     assert "encode_weight" in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < LIMIT
 

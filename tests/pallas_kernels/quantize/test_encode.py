@@ -182,7 +182,7 @@ def test_equals_the_general_way(fmt, module, monkeypatch):
 def test_quantize_is_the_same_with_and_without(fmt, rule, monkeypatch):
     w = random_weight((2, 128, 37))
     method = RTN(rule, grid=3)
-    fused = _quantize(w, fmt, method, None, None, "none")
+    fused = _quantize(w, fmt, method, "none", None)
     monkeypatch.setattr("qjax.methods.rtn.fused_codes", lambda *_: None)
     monkeypatch.setattr("qjax.methods.rtn.group_absmax", lambda *_: None)
     general = jax.jit(lambda w: method(w, fmt))(w)
