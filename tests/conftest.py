@@ -5,6 +5,7 @@ here holds on machines with many devices, and no result depends on an implicit c
 """
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -31,6 +32,18 @@ def _seeded() -> None:
     """Start every test from the same global random state."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries under comparison draw from it
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_executables() -> Iterator[None]:
+    """Forget compiled programs before they use up the maps that Linux grants a process.
+
+    Each takes several of 65530; beyond, the compiler crashes.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 15000:
+        jax.clear_caches()
 
 
 @pytest.fixture
