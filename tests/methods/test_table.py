@@ -44,6 +44,7 @@ from qjax.methods import (
     method_from_dict,
     quantize,
 )
+
 from .calibrated import correlated, output_error, statistics_of
 
 ROWS, COLS = 128, 32
@@ -112,7 +113,7 @@ def test_pair(method, fmt, problem):
     x, drifted, w, statistics = problem
     chosen = METHODS[method]
     if fmt not in TAKES[method]:
-        with pytest.raises(SpecError, match="use |with |expected |encodes |fits "):
+        with pytest.raises(SpecError, match=r"use |with |expected |encodes |fits "):
             quantize(w, FORMATS[fmt], chosen, statistics=statistics)
         return
     q = quantize(w, FORMATS[fmt], chosen, statistics=statistics)
