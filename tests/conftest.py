@@ -4,6 +4,7 @@ Eight CPU devices stand in for a mesh, and dtype promotion is strict: a test tha
 here holds on machines with many devices, and no result depends on an implicit cast.
 """
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 ROOT = Path(__file__).resolve().parent.parent
+OPTIMIZED = ("evaluate", "formats", "generate", "models", "peers")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,11 +37,17 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _few_executables() -> Iterator[None]:
-    """Forget compiled programs before they use up the maps that Linux grants a process.
+def _compiler(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compile fast where that hides nothing, and forget programs in time.
 
-    Each takes several of 65530; beyond, the compiler crashes.
+    LLVM's optimizations take half of the suite's time. They stay on where results are
+    compared bit for bit or whole models run; `QJAX_TEST_OPTIMIZE=1` turns them on
+    everywhere. Each program takes several of the 65530 maps that Linux grants a
+    process; beyond, the compiler crashes.
     """
+    folder = request.path.relative_to(ROOT / "tests").parts[0]
+    fast = folder not in OPTIMIZED and "QJAX_TEST_OPTIMIZE" not in os.environ
+    jax.config.update("jax_disable_most_optimizations", fast)
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 15000:
