@@ -109,90 +109,106 @@ def factor(
 
 
 def damped(
-    h: Float[Array, "in in"], damp: float, tries: Any = None
+    h: Float[Array, "in in"], damp: float, tries: Any = 0
 ) -> Float[Array, "in in"]:
     """`H + lambda I`, `lambda = damp * 10**tries * mean(diag(H))`, no zero diagonal."""
-    diagonal = jnp.diagonal(h)
+    index = jnp.arange(h.shape[0])
+    return h.at[index, index].set(_damped(jnp.diagonal(h), damp, tries))
+
+
+def _damped(diagonal, damp, tries):
+    """The diagonal that `damped` puts in the place of a Hessian's."""
     dead = diagonal <= 0
     live = jnp.maximum(jnp.sum((~dead).astype(jnp.float32)), 1.0)
     total = jnp.sum(jnp.where(dead, 0.0, diagonal))
-    mean = total / h.shape[0]
-    extra = damp * mean
-    if tries is not None:
-        extra = extra * jnp.power(10.0, tries.astype(jnp.float32))
+    power = jnp.power(10.0, jnp.asarray(tries, jnp.float32))
     filled = jnp.where(total > 0, total / live, 1.0)
-    made = jnp.where(dead, filled, diagonal) + extra
-    index = jnp.arange(h.shape[0])
-    return h.at[index, index].set(made)
+    return jnp.where(dead, filled, diagonal) + damp * total / len(diagonal) * power
 
 
 def upper(
     h: Float[Array, "in in"], damp: float
 ) -> tuple[Float[Array, "in in"], Int[Array, ""]]:
-    """Upper triangular `R` with `R R^T` the damped Hessian, and the tries it took."""
+    """Upper triangular `R` with `R R^T` the damped Hessian, and the tries it took.
 
-    def attempt(tries):
-        return _cholesky(damped(h, damp, tries))
+    What is below the diagonal stays `H` until a try succeeded, and the next one starts
+    from it: `h` is factored in place where it is donated.
+    """
+    exact = jnp.diagonal(h)
 
     def failed(state):
-        diagonal, tries = jnp.diagonal(state[0]), state[1]
-        return (tries < 0) | (~jnp.isfinite(diagonal).all() & (tries < MAX_RETRIES))
+        r, tries = state
+        finite = jnp.isfinite(jnp.diagonal(r)).all()
+        return (tries < 0) | (~finite & (tries < MAX_RETRIES))
 
     def again(state):
-        return attempt(state[1] + 1), state[1] + 1
+        r, tries = state
+        diagonal = _damped(exact, damp, tries + 1)
+        return _cholesky(r, diagonal), tries + 1
 
-    # The first attempt is one of the loop, so that one array is factored in place.
-    start = jnp.full((), -1, jnp.int32)
-    r, tries = jax.lax.while_loop(failed, again, (jnp.zeros_like(h), start))
-    # What is below the diagonal is left over from H. The mask is made outside of the
-    # loop, which would keep it in memory.
-    row = jax.lax.broadcasted_iota(jnp.int32, h.shape, 0)
-    column = jax.lax.broadcasted_iota(jnp.int32, h.shape, 1)
-    return jnp.where(row <= column, r, 0.0), tries
+    r, tries = jax.lax.while_loop(failed, again, (h, jnp.full((), -1, jnp.int32)))
+    # The mask is made outside of the loop, which would keep it in memory.
+    return jnp.where(_above(h.shape), r, 0.0), tries
 
 
-def _cholesky(h):
+def _above(shape):
+    """Where a matrix is on its diagonal or above it."""
+    row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    return row <= jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def _cholesky(a, diagonal):
     """Upper `R` with `R R^T = H`; large matrices block by block and in place.
 
-    The part of `h` below the diagonal stays as it is.
+    `H` is the symmetric matrix that `a` holds below its diagonal, and `diagonal`. That
+    part of `a` stays as it is; `R` takes the place of the rest.
 
     From the last block column to the first, with the columns behind it known:
 
         R_kk = chol(H_kk - sum_l R_kl R_kl^T),
         R_ik = (H_ik - sum_l R_il R_kl^T) R_kk^-T   for i < k, l > k.
     """
-    size = h.shape[0]
+    size = a.shape[0]
     if size <= 2 * TILE or size % TILE:
-        return _reversed(h)
+        return jnp.where(_above(a.shape), _reversed(_symmetric(a, diagonal)), a)
     count = size // TILE
+    above = _above((TILE, TILE))
 
-    def tile(h, i, j):
-        return jax.lax.dynamic_slice(h, (i * TILE, j * TILE), (TILE, TILE))
+    def tile(a, i, j):
+        return jax.lax.dynamic_slice(a, (i * TILE, j * TILE), (TILE, TILE))
 
-    def put(h, new, i, j):
-        return jax.lax.dynamic_update_slice(h, new, (i * TILE, j * TILE))
+    def put(a, new, i, j):
+        return jax.lax.dynamic_update_slice(a, new, (i * TILE, j * TILE))
 
-    def reduced(h, i, k):
+    def reduced(a, left, i, k):
         def less(j, left):
-            product = jnp.matmul(tile(h, i, j), tile(h, k, j).T, precision="highest")
+            product = jnp.matmul(tile(a, i, j), tile(a, k, j).T, precision="highest")
             return left - product
 
-        return jax.lax.fori_loop(k + 1, count, less, tile(h, i, k))
+        return jax.lax.fori_loop(k + 1, count, less, left)
 
-    def column(step, h):
+    def column(step, a):
         k = count - 1 - step
-        own = _reversed(reduced(h, k, k))
-        h = put(h, own, k, k)
-        eye = jnp.eye(TILE, dtype=h.dtype)
+        old = tile(a, k, k)
+        own = jax.lax.dynamic_slice(diagonal, (k * TILE,), (TILE,))
+        own = _reversed(reduced(a, _symmetric(old, own), k, k))
+        a = put(a, jnp.where(above, own, old), k, k)
+        eye = jnp.eye(TILE, dtype=a.dtype)
         inverse = jax.lax.linalg.triangular_solve(own, eye, left_side=True, lower=False)
 
-        def row(i, h):
-            solved = jnp.matmul(reduced(h, i, k), inverse.T, precision="highest")
-            return put(h, solved, i, k)
+        def row(i, a):
+            left = reduced(a, tile(a, k, i).T, i, k)
+            return put(a, jnp.matmul(left, inverse.T, precision="highest"), i, k)
 
-        return jax.lax.fori_loop(0, k, row, h)
+        return jax.lax.fori_loop(0, k, row, a)
 
-    return jax.lax.fori_loop(0, count, column, h)
+    return jax.lax.fori_loop(0, count, column, a)
+
+
+def _symmetric(a, diagonal):
+    """The symmetric matrix of what is below the diagonal, and a diagonal."""
+    below = jnp.tril(a, -1)
+    return below + below.T + jnp.diag(diagonal)
 
 
 def _reversed(h):
