@@ -6,7 +6,8 @@
     result    seconds of both with a ready Hessian, their ratio, and peak memory
 
 The Hessian and the weight are ready on both sides; both factor it, ours in its place,
-and round to 4 bits in groups of 128. Compilation is timed apart. Memory is what XLA's own plan says.
+and round to 4 bits in groups of 128. Compilation is timed apart. Memory is what XLA's
+own plan says.
 """
 
 import argparse

@@ -1,9 +1,4 @@
-"""AWQ and SmoothQuant against their reference algorithms in NumPy.
-
-`autoawq` restates AutoAWQ 0.2.9 `quantize/quantizer.py` line by line in its own layout
-`[out, in]`: `pseudo_quantize_tensor`, `_compute_best_scale` (one linear layer as the
-inspected module) and `_compute_best_clip`.
-"""
+"""AWQ and SmoothQuant against their reference algorithms in NumPy."""
 
 from typing import Any
 
@@ -19,6 +14,8 @@ from qjax.methods import AWQ, RTN, SmoothQuant, Statistics
 from qjax.methods.clip import clip_weight
 from qjax.methods.smoothquant import rounded_error
 from qjax.wrappers import InputScaled
+
+from .awq_reference import autoawq, autoawq_clip, autoawq_scale
 
 quantize: Any = qjax.quantize  # typed loosely
 
@@ -45,66 +42,6 @@ def output_error(x, w, q) -> float:
     return float(np.sum(np.square(x.astype(np.float64) @ d)))
 
 
-def pseudo_quantize(w, bits, group):
-    shape = w.shape
-    w = w.reshape(-1, group)
-    top, low = w.max(1, keepdims=True), w.min(1, keepdims=True)
-    levels = 2**bits - 1
-    scales = np.maximum(top - low, 1e-5) / levels
-    zeros = np.clip(-np.round(low / scales), 0, levels)
-    q = (np.clip(np.round(w / scales) + zeros, 0, levels) - zeros) * scales
-    return q.reshape(shape)
-
-
-def autoawq_scale(x, weights, bits, group, grid, duo):
-    weight = np.concatenate(weights)  # [out, in]
-    shape = weight.shape
-    w = np.abs(weight).reshape(-1, group)
-    w_mean = (w / (w.max(1, keepdims=True) + 1e-6)).reshape(shape).mean(0)
-    x_mean = np.abs(x).mean(0)
-    best, best_scales = np.inf, None
-    for ratio in range(grid):
-        ratio = ratio / grid
-        if duo:
-            scales = np.maximum(x_mean**ratio / (w_mean ** (1 - ratio) + 1e-4), 1e-4)
-        else:
-            scales = np.maximum(x_mean**ratio, 1e-4)
-        scales = scales / np.sqrt(scales.max() * scales.min())
-        loss = 0.0
-        for m in weights:
-            q = pseudo_quantize(m * scales, bits, group) / scales
-            loss += np.sum((x @ m.T - x @ q.T) ** 2)
-        if loss < best:
-            best, best_scales = loss, scales
-    return best_scales
-
-
-def autoawq_clip(w, x, bits, group, n_grid=20, max_shrink=0.5):
-    tokens, out = x.shape[0], w.shape[0]
-    features = x.reshape(1, tokens, -1, group)
-    w = w.reshape(out, 1, -1, group)
-    top = np.abs(w).max(-1, keepdims=True)
-    best_top, least = top.copy(), np.full_like(top, 1e9)
-    org_out = (features * w).sum(-1)
-    for i in range(int(max_shrink * n_grid)):
-        max_val = top * (1 - i / n_grid)
-        cur_w = np.clip(w, -max_val, max_val)
-        cur_out = (features * pseudo_quantize(cur_w, bits, group)).sum(-1)
-        err = np.square(cur_out - org_out).mean(1).reshape(least.shape)
-        better = err < least
-        least[better] = err[better]
-        best_top[better] = max_val[better]
-    return np.clip(w, -best_top, best_top).reshape(out, -1)
-
-
-def autoawq(x, w, bits, group, grid, duo=True):
-    """The dense weight, `[in, out]`, that AutoAWQ would store."""
-    x, turned = x.astype(np.float64), w.T.astype(np.float64)
-    s = autoawq_scale(x, [turned], bits, group, grid, duo)
-    clipped = autoawq_clip(turned * s, x / s, bits, group)
-    return s, (pseudo_quantize(clipped, bits, group) / s).T
-
-
 @pytest.mark.parametrize("duo", [True, False])
 def test_scales_are_those_of_autoawq(duo):
     x, w = data()
@@ -129,7 +66,8 @@ def test_clipping_is_that_of_autoawq():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_error_is_at_most_that_of_autoawq(seed):
     x, w = data(seed)
-    _, dense = autoawq(x, w, 3, GROUP, GRID)
+    scales = autoawq_scale(x, [w.T], 3, GROUP, GRID)
+    dense = autoawq(x, w, scales, 3, GROUP)
     reference = float(np.sum(np.square(x.astype(np.float64) @ (dense - w))))
     plain = output_error(x, w, quantize(w, FMT))
     errors = [
