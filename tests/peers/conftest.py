@@ -3,6 +3,7 @@
 import pytest
 
 import qjax
+from qjax.evaluate import evaluate
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +22,14 @@ def model(original):
 def tokenizer(original):
     """The bundled tokenizer."""
     return original[1]
+
+
+@pytest.fixture(scope="session")
+def perplexity(tokenizer, books_text):
+    """Perplexity of a decoder on 16 windows of held-out books."""
+
+    def measure(model):
+        text = books_text[:200_000]
+        return evaluate(model, tokenizer, text, context=512, windows=16)["perplexity"]
+
+    return measure

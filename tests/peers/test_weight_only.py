@@ -8,23 +8,9 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.evaluate import evaluate
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-WINDOWS = 16
-
-
-@pytest.fixture(scope="module")
-def perplexity(tokenizer, books_text):
-    def measure(model):
-        text = books_text[:200_000]
-        return evaluate(model, tokenizer, text, context=512, windows=WINDOWS)[
-            "perplexity"
-        ]
-
-    return measure
 
 
 def replaced(model, convert):
