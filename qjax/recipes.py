@@ -239,6 +239,7 @@ PRESETS: dict[str, tuple[Format, Method]] = {
     "mxfp8": (MXFP8(), RTN()),
     "nvfp4": (NVFP4(), RTN("mse")),
     "w8a8": (Int(8, "channel"), SmoothQuant(RoundInputs())),
+    "w8a8-static": (Int(8, "channel"), SmoothQuant(RoundInputs(static=True))),
     "llm-int8": (Int(8, "channel"), LLMInt8(inner=RoundInputs())),
     "hqq-int4-g64": (_int(4, 64), HQQ()),
     "hqq-int3-g64": (_int(3, 64), HQQ()),

@@ -153,9 +153,9 @@ def _static(name: str, field: str, value: Any) -> Any:
             raise FormatError(f"{name}: block {value!r} is not a power of two above 1")
         return value
     if field == "activation":
-        if value not in ACTIVATIONS:
+        if not isinstance(value, str) or value not in ACTIVATIONS:
             raise FormatError(
-                f"{name}: activation {value!r} is not one of {ACTIVATIONS}"
+                f"{name}: activation {value!r} is not one of {[*ACTIVATIONS]}"
             )
         return value
     if value not in (*_FLOATS, "float64"):
@@ -265,6 +265,12 @@ def _check_wrapper(name: str, q: Wrapper) -> None:
         _arrays(name, signs=q.signs)
         if not bool(jnp.all(jnp.abs(q.signs) == 1)):
             raise FormatError(f"{name}.signs: expected +1 and -1 only")
+    elif isinstance(q, RoundedInputs):
+        if q.scale is not None:
+            _arrays(name, scale=q.scale)
+            _leaf(f"{name}.scale", q.scale, lead, ("float32",))
+            if not bool(jnp.all((q.scale > 0) & jnp.isfinite(q.scale))):
+                raise FormatError(f"{name}.scale: expected finite positive scales")
     elif isinstance(q, SplitInputs):
         _arrays(name, rows=q.rows, index=q.index)
         count = int(q.index.shape[-1]) if len(q.index.shape) else 0

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 from qjax.errors import SpecError
 from qjax.tensor import QuantizedTensor, pytree_node
 
-ACTIVATIONS = ("int8", "float8_e4m3fn")
-"""What activations can be rounded to."""
+ACTIVATIONS = {"int8": 127.0, "float8_e4m3fn": 448.0}
+"""What activations can be rounded to, and the greatest code."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -192,11 +192,14 @@ class RoundedInputs(Wrapper):
     """`w = base`, multiplied by activations that are rounded first (W8A8, W4A8).
 
     Attributes:
-      activation: what one row of activations is rounded to, with a scale of its own:
-        `"int8"` or `"float8_e4m3fn"`; see `qjax.ops.matmul`.
+      activation: what activations are rounded to, `"int8"` or `"float8_e4m3fn"`; see
+        `qjax.ops.matmul`.
+      scale: one static scale for all activations, float32 `[*lead]`; None for a scale
+        of each row's own.
     """
 
     activation: str = dataclasses.field(default="int8", metadata={"static": True})
+    scale: Any = None
 
     def compose(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
         """The base itself."""

@@ -3,5 +3,6 @@
 from qjax.calibration.blocks import BlockStream as BlockStream
 from qjax.calibration.capture import calibrate as calibrate
 from qjax.calibration.capture import capture as capture
+from qjax.calibration.static import static_inputs as static_inputs
 from qjax.calibration.windows import CONTEXT as CONTEXT
 from qjax.calibration.windows import calibration_windows as calibration_windows

@@ -14,7 +14,7 @@ of the same structure.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -24,12 +24,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from qjax.calibration.capture import capture, check_inputs, groups
+from qjax.calibration.observers import Observer
 from qjax.methods import Statistics
 from qjax.models.attention import layer_numbers
 from qjax.models.block import Block
 from qjax.models.config import ModelConfig
 from qjax.models.decoder import positions_of
 from qjax.models.layers import Embedding, Norm, below
+from qjax.ops.inputs import rounded_input
 
 Leaves = Mapping[str, Any]
 KEPT = 4 << 30
@@ -168,6 +170,28 @@ class BlockStream:
         check_inputs({"head.kernel": total})
         return total
 
+    def observe(
+        self, layer: int, leaves: Leaves, observer: Observer, paths: Iterable[str]
+    ) -> dict[str, Any]:
+        """What an observer has seen of the activations that some weights round.
+
+        Args:
+          layer: index of the block.
+          leaves: its parameters.
+          observer: the rule.
+          paths: weights with `RoundedInputs` in them, relative to the block.
+
+        Returns:
+          States of the observer by path.
+        """
+        kind = self._kind(layer)
+        states = {path: observer.init() for path in paths}
+        for x, _, _, _, weight in self._batches({}, {}, False):
+            states = _observe(
+                self.config, kind, observer, states, dict(leaves), x, weight
+            )
+        return states
+
     def _kind(self, layer: int) -> int:
         """The first layer that computes as this one, so that programs are shared."""
         return first_alike(self.config, layer)
@@ -270,6 +294,16 @@ def _collect(
     own = entering(packed, x, known)
     other = None if r is None else entering(dense, r, known_r)
     return total.add(own, other, weight), own, other
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _observe(config, layer, observer, states, leaves, x, weight) -> dict[str, Any]:
+    done = dict(states)
+    for one in _run(config, layer, leaves, x)[1]:
+        if one.path in done:
+            entering = rounded_input(one.x, leaves[one.path])
+            done[one.path] = observer.update(done[one.path], entering, weight)
+    return done
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

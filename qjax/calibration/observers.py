@@ -29,9 +29,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qjax.errors import SpecError
+from qjax.wrappers import ACTIVATIONS
 
-TOP = {"int8": 127.0, "float8_e4m3fn": 448.0}
-"""The greatest activation code, by the names that `qjax.ops.matmul` takes."""
 LOWEST_EXPONENT = -120
 EPSILON = 1e-4
 """What `Entropy` takes for the probability of a bin that the rounded one lacks."""
@@ -88,13 +87,14 @@ def static_scale(
     Raises:
       SpecError: `activation` is not a name.
     """
-    if activation not in TOP:
+    if activation not in ACTIVATIONS:
         raise SpecError(
-            f"static_scale: activation is {activation!r}, expected one of {[*TOP]}"
+            f"static_scale: activation is {activation!r}, expected one of "
+            f"{[*ACTIVATIONS]}"
         )
     low, high = observer.range(state, 8)
     top = jnp.maximum(-low, high)
-    return jnp.where(top > 0, top / TOP[activation], 1.0).astype(jnp.float32)
+    return jnp.where(top > 0, top / ACTIVATIONS[activation], 1.0).astype(jnp.float32)
 
 
 def _seen(x, weight):
@@ -233,7 +233,7 @@ class HistogramObserver(Observer):
       bins: number of bins, a power of two of at least 256.
     """
 
-    bins: int = 2048
+    bins: int = dataclasses.field(default=2048, kw_only=True)
 
     def __post_init__(self) -> None:
         if type(self.bins) is not int or self.bins < 256 or self.bins & (self.bins - 1):

@@ -25,6 +25,7 @@ import qjax.pallas_kernels.device as device
 from qjax.errors import SpecError, UnsupportedError
 from qjax.ops import activations
 from qjax.ops.blocks import materialize_scale, same_variance
+from qjax.ops.inputs import sides, without
 from qjax.ops.prepack import Prepacked, cut
 from qjax.ops.product import (
     BACKENDS,
@@ -46,7 +47,6 @@ from qjax.wrappers import (
     SplitInputs,
     Transposed,
     WithOutliers,
-    hadamard,
 )
 
 OUTLIER_BLOCK = 1 << 20
@@ -204,8 +204,9 @@ def _apply(x, w: Any, transpose, how: How):
     if isinstance(w, Transposed):
         return _apply(x, w.base, not transpose, how)
     if isinstance(w, RoundedInputs):
-        rounded = how.activation or w.activation
-        return _apply(x, w.base, transpose, how._replace(activation=rounded))
+        if how.activation is None:
+            how = how._replace(activation=w.activation, x_scale=w.scale)
+        return _apply(x, w.base, transpose, how)
     if isinstance(w, LowRank):
         y = _apply(x, w.base, transpose, how)
         first, second = (w.b.T, w.a.T) if transpose else (w.a, w.b)
@@ -223,7 +224,7 @@ def _apply(x, w: Any, transpose, how: How):
         raise UnsupportedError(
             f"matmul: no rule for {type(w).__name__}; use matmul(x, w.dequantize())"
         )
-    before, after = _sides(w)
+    before, after = sides(w)
     if transpose:
         return after(_apply(x, w.base, True, how))
     return _apply(before(x), w.base, False, how)
@@ -235,8 +236,8 @@ def _split(x, w: SplitInputs, transpose, how: How):
         own = dense_product(x, w.rows, True)
         return _apply(x, w.base, True, how).at[:, w.index].set(own, mode="drop")
     own = jnp.take(x, w.index, axis=1, mode="fill", fill_value=0)
-    rest = x.at[:, w.index].set(jnp.zeros((), x.dtype), mode="drop")
-    return _apply(rest, w.base, False, how) + dense_product(own, w.rows, False)
+    rest = _apply(without(x, w), w.base, False, how)
+    return rest + dense_product(own, w.rows, False)
 
 
 def _float_scale(w):
@@ -244,26 +245,6 @@ def _float_scale(w):
     if isinstance(w, LayerOf):
         return cut(w) if isinstance(w.base.scale, QuantizedTensor) else w
     return w if isinstance(w, Prepacked) else materialize_scale(w)
-
-
-def _sides(w):
-    """The operation on activations of `x W`, and on results of `x W^T`."""
-    if isinstance(w, Permuted):
-        return (
-            lambda x: jnp.take(x, w.perm, axis=-1),
-            lambda y: jnp.take(y, jnp.argsort(w.perm), axis=-1),
-        )
-    if isinstance(w, InputScaled):
-        scale = lambda x: _times(x, w.s)  # noqa: E731
-        return scale, scale
-    return (
-        lambda x: hadamard(_times(x, w.signs, jnp.float32)).astype(x.dtype),
-        lambda y: _times(hadamard(y.astype(jnp.float32)).astype(y.dtype), w.signs),
-    )
-
-
-def _times(x, s, dtype=None):
-    return (x.astype(jnp.float32) * s.astype(jnp.float32)).astype(dtype or x.dtype)
 
 
 def _add_outliers(y, x, values, source, target):

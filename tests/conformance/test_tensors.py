@@ -105,6 +105,7 @@ def wrapped(name: str, base, rng):
             base, jnp.sign(vector() - 1.0).astype(jnp.int8)
         ),
         "rounded-inputs": lambda: RoundedInputs(base),
+        "static-inputs": lambda: RoundedInputs(base, "int8", vector()[:, 0]),
         "split-inputs": lambda: SplitInputs(
             base, floats(3, COLS), jnp.full((LAYERS, 1), 1) * jnp.array([4, 40, ROWS])
         ),
@@ -122,6 +123,8 @@ WRAPPERS = (
     "input-scaled",
     "rotated",
     "rotated-int8",
+    "rounded-inputs",
+    "static-inputs",
     "split-inputs",
     "outliers",
     "low-rank",

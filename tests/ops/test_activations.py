@@ -9,7 +9,9 @@ import pytest
 
 from qjax.errors import SpecError, UnsupportedError
 from qjax.ops import explain, matmul
+from qjax.ops.inputs import rounded_input
 from qjax.pallas_kernels.matmul_a8.reference import TOP, quantize_activations
+from qjax.wrappers import RoundedInputs
 
 from .conftest import random, weight, wrap
 
@@ -50,6 +52,18 @@ def test_wrappers_round_what_the_base_is_multiplied_by():
     close(
         matmul(x, back, activation="int8"), rounded(x, "int8") @ q.dequantize().T, 1e-4
     )
+
+
+@pytest.mark.parametrize("kind", ["scaled", "permuted", "rotated", "split", "low-rank"])
+def test_a_static_scale_belongs_to_what_is_rounded(kind):
+    """One row has the same scale, whether it is static or the row's own."""
+    w = wrap(weight("int4-g32"))[kind]
+    dynamic = dataclasses.replace(w, base=RoundedInputs(w.base))
+    x = random((1, 96), 2)
+    scale = jnp.max(jnp.abs(rounded_input(x, dynamic))) / 127
+    static = dataclasses.replace(w, base=RoundedInputs(w.base, "int8", scale))
+    close(matmul(x, static), matmul(x, dynamic), 1e-6)
+    assert rounded_input(x, w) is None
 
 
 @pytest.mark.parametrize("out", ["int8", "float8_e4m3fn"])

@@ -3,11 +3,15 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import qjax
+from qjax.calibration import static_inputs
+from qjax.calibration.observers import Percentile
 from qjax.cli import main
+from qjax.errors import SpecError
 from qjax.methods import AWQ, GPTQ, HQQ, RTN, SignRound
 from qjax.recipes import Recipe, Rule
 from qjax.wrappers import InputScaled, RoundedInputs
@@ -21,7 +25,7 @@ PRESETS = [
     "spqr-3bit",
     "kmeans-3bit",
     "llm-int8",
-    "w8a8",
+    "w8a8-static",
     "aqlm-2bit",
     "best-2bit",
 ]
@@ -116,6 +120,33 @@ def test_eight_bit_activations_are_part_of_the_weight(dense, tokens):
     np.testing.assert_allclose(
         qjax.matmul(x, weight), rounded @ np.asarray(weight.dequantize()), atol=2e-5
     )
+
+
+@pytest.mark.parametrize("observer", [None, Percentile(99.0)])
+def test_static_scales_come_from_what_the_quantized_model_computes(
+    observer, dense, tokens
+):
+    dynamic = qjax.quantize_model(dense, "w8a8", calibration=tokens)
+    model = static_inputs(dynamic, tokens, observer, batch=3)
+    params = model.params()
+    first = params["layers.0.attn.q.kernel"]
+    block = next(model.blocks())[1]
+    x = np.asarray(block.attn_norm(dynamic.embed(tokens, 0 * tokens)))
+    covered = np.mean(np.abs(x) <= float(first.scale) * 127 * (1 + 1e-6))
+    assert covered == 1.0 if observer is None else 0.985 < covered < 0.995
+    values = np.asarray(qjax.matmul(jnp.asarray(x[0]), first))
+    top = float(first.scale) * 127
+    codes = np.round(np.clip(x[0], -top, top) / float(first.scale))
+    want = codes * float(first.scale) @ np.asarray(first.dequantize())
+    np.testing.assert_allclose(values, want, atol=2e-4)
+    ours, original = logits(model, tokens), logits(dense, tokens)
+    miss = np.linalg.norm(ours - original) / np.linalg.norm(original)
+    assert miss < (0.02 if observer is None else 0.1)
+
+
+def test_static_scales_need_rounded_activations(dense, tokens):
+    with pytest.raises(SpecError, match="no weight of a block rounds its activations"):
+        static_inputs(dense, tokens)
 
 
 def test_a_rotated_recipe_changes_the_basis_and_not_the_model(dense, tokens, tmp_path):
