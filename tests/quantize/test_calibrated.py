@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.calibration import static_inputs
-from qjax.calibration.observers import Percentile
+from qjax.calibration import Percentile, static_inputs
 from qjax.cli import main
 from qjax.errors import SpecError
 from qjax.methods import AWQ, GPTQ, HQQ, RTN, SignRound
