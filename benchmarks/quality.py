@@ -2,11 +2,13 @@
 
     command   python benchmarks/quality.py [RECIPE ...] [--windows 200] [--json FILE]
     hardware  any CPU
-    minutes   half a minute per recipe on two cores, up to two for calibrated ones
+    minutes   half a minute per recipe on two cores, up to two for calibrated ones and
+              ten for learned rounding
     result    a Markdown table; decoder linears only, embeddings and head kept
 
 Protocol `gptq`: windows of 512 tokens, first token of each not scored, float32.
 Calibrated recipes read the first 128 windows of 512 tokens of the calibration text.
+`RECIPE@BITS` allocates a width to every layer, `BITS` on average.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import json
 from pathlib import Path
 
 import qjax
+from qjax.allocate import allocate_checkpoint
 from qjax.evaluate import evaluate
 from qjax.recipes import BEST
 
@@ -32,6 +35,16 @@ def measure(model, tokenizer, windows: int) -> dict[str, float]:
     return found
 
 
+def quantized(path: str, recipe: str):
+    """The model under a recipe, with `@` and a number under an allocated one."""
+    name, _, bits = recipe.partition("@")
+    chosen = name
+    if bits:
+        found = allocate_checkpoint(path, name, float(bits), calibration=CALIBRATION)
+        chosen = found.recipe
+    return qjax.quantize_model(path, chosen, calibration=CALIBRATION)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [*qjax.PRESETS, *BEST]
@@ -46,7 +59,7 @@ def main() -> None:
     print("| --- | ---: | ---: | ---: |")
     for recipe in ["original", *options.recipes]:
         if recipe != "original":
-            model = qjax.quantize_model(path, recipe, calibration=CALIBRATION)
+            model = quantized(path, recipe)
             size = qjax.model_size(model)
             bits = 8 * size.quantized_bytes / size.quantized_parameters
             rows[recipe] = {"bits": bits} | measure(model, tokenizer, options.windows)
