@@ -7,7 +7,7 @@ files. Packed weights stay packed; dense ones are held in the compute dtype.
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from qjax.converters.huggingface import (
     Checkpoint,
     open_checkpoint,
 )
+from qjax.converters.packed import PackedCheckpoint, settings_of
 from qjax.converters.shards import contained
 from qjax.errors import FormatError, SpecError, UnsupportedError
 from qjax.io.files import shown
@@ -47,15 +48,32 @@ def dense_parts(source: Checkpoint) -> Iterator[tuple[int | None, dict[str, Any]
       UnsupportedError: the checkpoint is quantized already.
       FormatError: tensors are missing, unexpected, of the wrong shape or not floats.
     """
-    from qjax.models import ModelConfig, match, read_parts
-
-    quantized = source.config.get("quantization_config")
-    if quantized is not None:
-        kind = quantized.get("quant_method") if isinstance(quantized, dict) else None
+    settings = settings_of(source.config)
+    if settings is not None:
+        kind = settings.get("quant_method") if isinstance(settings, dict) else None
         raise UnsupportedError(
             f"{shown(source.directory)}: is already quantized "
             f"({kind or 'quantization_config'}); expected a dense checkpoint"
         )
+    yield from _parts(source)
+
+
+def checkpoint_parts(
+    source: Checkpoint,
+) -> Iterator[tuple[int | None, dict[str, Any]]]:
+    """Parameters of any checkpoint, part by part; quantized weights stay packed.
+
+    Raises:
+      UnsupportedError: it is quantized in a format that is not read.
+      FormatError: see `dense_parts`; or packed tensors do not fit their format.
+    """
+    packed = settings_of(source.config) is not None
+    yield from _parts(PackedCheckpoint(source) if packed else source)
+
+
+def _parts(source: Checkpoint | PackedCheckpoint):
+    from qjax.models import ModelConfig, match, read_parts
+
     config = ModelConfig.from_hf(source.config)
     found = match(config, {name: source.shape(name) for name in source.names()})
     found.check(shown(source.directory))
@@ -131,7 +149,7 @@ def load(
         with open_checkpoint(source, revision) as checkpoint:
             directory, config = checkpoint.directory, checkpoint.config
             recipe = None
-            for _, part in dense_parts(checkpoint):
+            for _, part in checkpoint_parts(checkpoint):
                 params |= {path: hold(leaf, compute) for path, leaf in part.items()}
     model = Decoder(ModelConfig.from_hf(config), params, dtype=compute)
     model.assets = Assets(str(directory), recipe)
@@ -175,10 +193,21 @@ def save(
             "save: the model was not made by qjax.load or qjax.quantize_model, so "
             "there is no config.json to store with it"
         )
+    write_artifact(directory, model.parts(), assets, overwrite=overwrite)
+
+
+def write_artifact(
+    directory: str | os.PathLike[str],
+    parts: Iterable[tuple[int | None, dict[str, Any]]],
+    assets: Assets,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes parameters, part by part, as a qjax artifact; see `save`."""
     recipe = json.loads(assets.recipe) if assets.recipe else None
     identity = {"save": assets.directory}
     with ArtifactWriter(directory, identity, overwrite=overwrite, resume=False) as out:
-        for index, (layer, part) in enumerate(model.parts()):
+        for index, (layer, part) in enumerate(parts):
             reports = {p: tensor_report(p, leaf) for p, leaf in part.items()}
             out.write(part_name(layer, index == 0), part, reports)
         out.finish({"recipe": recipe, "source": None}, assets.files())

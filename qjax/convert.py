@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from qjax.artifact import Artifact, is_artifact
-from qjax.checkpoint import dense_parts
+from qjax.checkpoint import Assets, checkpoint_parts, write_artifact
 from qjax.converters.huggingface import (
     TOKENIZER_FILES,
     open_checkpoint,
     write_checkpoint,
 )
+from qjax.converters.packed import SETTINGS, settings_of
 from qjax.errors import SpecError
 from qjax.quantize import quantize_checkpoint
 from qjax.recipes import Recipe
@@ -39,9 +40,10 @@ def convert(
     Args:
       source: qjax artifact, Hugging Face directory or Hub id.
       target: directory to write; missing or empty, or with `overwrite` a model.
-      fmt: `qjax` (a dense checkpoint becomes an artifact, bit for bit) or `safetensors`
-        (a dense Hugging Face directory that transformers loads; quantized weights are
-        dequantized to the dtype of the original).
+      fmt: `qjax` (a checkpoint becomes an artifact, bit for bit; weights of a quantized
+        one stay packed) or `safetensors` (a dense Hugging Face directory that
+        transformers loads; quantized weights are dequantized to the dtype of the
+        original).
       revision: of a Hub id.
       overwrite: replace an existing model directory.
 
@@ -51,27 +53,35 @@ def convert(
     """
     if fmt not in FORMATS:
         raise SpecError(f"format {fmt!r}: expected one of {', '.join(FORMATS)}")
-    if fmt == "qjax":
-        quantize_checkpoint(
-            source, target, Recipe((), "dense"), revision=revision, overwrite=overwrite
-        )
-    elif is_artifact(source):
+    if is_artifact(source) and fmt == "safetensors":
         artifact = Artifact(source)
         copied = {n: p for n, p in artifact.files.items() if n in TOKENIZER_FILES}
         parts = (part for _, part in artifact.parts())
-        tensors = _hf_tensors(artifact.config, parts)
-        write_checkpoint(target, artifact.config, tensors, copied, overwrite=overwrite)
-    else:
-        with open_checkpoint(source, revision) as checkpoint:
-            parts = (part for _, part in dense_parts(checkpoint))
-            tensors = _hf_tensors(checkpoint.config, parts)
-            write_checkpoint(
-                target,
-                checkpoint.config,
-                tensors,
-                checkpoint.tokenizer_files,
-                overwrite=overwrite,
-            )
+        _write_dense(target, artifact.config, parts, copied, overwrite)
+        return
+    if is_artifact(source):  # says so
+        quantize_checkpoint(source, target, Recipe((), "dense"))
+    with open_checkpoint(source, revision) as checkpoint:
+        if fmt == "safetensors":
+            parts = (part for _, part in checkpoint_parts(checkpoint))
+            files = checkpoint.tokenizer_files
+            _write_dense(target, checkpoint.config, parts, files, overwrite)
+            return
+        if settings_of(checkpoint.config) is not None:
+            parts = checkpoint_parts(checkpoint)
+            assets = Assets(str(checkpoint.directory))
+            write_artifact(target, parts, assets, overwrite=overwrite)
+            return
+    quantize_checkpoint(
+        source, target, Recipe((), "dense"), revision=revision, overwrite=overwrite
+    )
+
+
+def _write_dense(target, config, parts, files, overwrite: bool) -> None:
+    """A dense Hugging Face directory, whose config.json says nothing of packing."""
+    plain = {k: v for k, v in config.items() if k not in SETTINGS}
+    tensors = _hf_tensors(plain, parts)
+    write_checkpoint(target, plain, tensors, files, overwrite=overwrite)
 
 
 def _hf_tensors(

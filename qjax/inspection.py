@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from qjax.artifact import Artifact, is_artifact, tensor_report
-from qjax.checkpoint import dense_parts
+from qjax.checkpoint import checkpoint_parts
 from qjax.converters.huggingface import open_checkpoint
 from qjax.ops import explain
 from qjax.tensor import QuantizedTensor
@@ -49,7 +49,7 @@ def inspect(
     else:
         with open_checkpoint(source, revision) as checkpoint:
             kind, config = "huggingface", checkpoint.config
-            for _, part in dense_parts(checkpoint):
+            for _, part in checkpoint_parts(checkpoint):
                 tensors += [_entry(path, leaf) for path, leaf in part.items()]
     size = sum(t["nbytes"] for t in tensors)
     parameters = sum(int(np.prod(t["shape"], dtype=np.int64)) for t in tensors)

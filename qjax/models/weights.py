@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from qjax.models.columns import columns
 from qjax.models.config import ModelConfig
 from qjax.models.layouts import LAYOUTS, Kind
+from qjax.tensor import QuantizedTensor
 
 HEAD = "head.kernel"
 EMBEDDING = "embed.embedding"
@@ -44,16 +46,37 @@ class Entry:
     optional: bool = False
     aliases: tuple[str, ...] = ()
 
-    def read(self, tensor: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns the parameters that `tensor` holds, by path."""
+    def read(self, tensor: Any) -> dict[str, Any]:
+        """Returns the parameters that `tensor` holds, by path.
+
+        A quantized tensor is in the order of kernels, `[in, out]`, already.
+        """
+        if isinstance(tensor, QuantizedTensor):
+            return self._read_packed(tensor)
         whole = tensor.T if self.kind.transposed else tensor
         if len(self.paths) == 1:
             return {self.paths[0]: whole}
+        return self._split(whole)
+
+    def _read_packed(self, tensor: QuantizedTensor) -> dict[str, Any]:
+        if len(self.paths) == 1:
+            return {self.paths[0]: tensor}
+        numbers = np.arange(tensor.matrix[1])
+        made = {}
+        for path, index in self._split(numbers).items():
+            run = np.array_equal(index, np.arange(index[0], index[0] + len(index)))
+            piece = slice(int(index[0]), int(index[0]) + len(index)) if run else index
+            made[path] = columns(tensor, piece)
+        return made
+
+    def _split(self, whole: np.ndarray) -> dict[str, np.ndarray]:
+        """The parameters whose last axes lie in that of `whole`."""
         if self.kind.interleaved:
             count = len(self.paths)
             cut = whole.reshape(*whole.shape[:-1], self.heads, count, -1)
             pieces = [
-                cut[..., i, :].reshape(shape) for i, shape in enumerate(self.shapes)
+                cut[..., i, :].reshape(*whole.shape[:-1], shape[-1])
+                for i, shape in enumerate(self.shapes)
             ]
         else:
             ends = np.cumsum([shape[-1] for shape in self.shapes])[:-1]
@@ -138,10 +161,10 @@ def _sizes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
     if config.gated:
         matrices["mlp.gate"] = (dim, mlp, config.mlp_bias)
-    for path, (rows, columns, bias) in matrices.items():
-        sizes[f"{path}.kernel"] = (rows, columns)
+    for path, (rows, cols, bias) in matrices.items():
+        sizes[f"{path}.kernel"] = (rows, cols)
         if bias:
-            sizes[f"{path}.bias"] = (columns,)
+            sizes[f"{path}.bias"] = (cols,)
     norms = ["attn_norm", "mlp_norm"] + ["norm"] * config.final_norm
     norms += ["attn_post_norm", "mlp_post_norm"] * config.post_norms
     for path in norms if config.norm_affine else []:

@@ -1,0 +1,97 @@
+"""Codes of foreign packings, in NumPy.
+
+Most formats store codes as a little-endian bit string inside words: code `k` occupies
+bits `k b .. k b + b - 1`, words filled from bit 0. For 1, 2, 4 and 8 bits that is the
+order of `qjax.packing`, so bytes are only re-labelled; other widths are re-packed.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.errors import FormatError
+from qjax.packing import pack, packed_rows
+
+
+def stream(words: np.ndarray) -> np.ndarray:
+    """Bytes of little-endian words along the first axis.
+
+    Args:
+      words: integers `[n, cols]` of any width.
+
+    Returns:
+      uint8 `[n * itemsize, cols]`.
+    """
+    size = words.dtype.itemsize
+    little = words.astype(words.dtype.newbyteorder("<"), copy=False)
+    parts = np.ascontiguousarray(little).view(np.uint8).reshape(*words.shape, size)
+    return parts.transpose(0, 2, 1).reshape(words.shape[0] * size, words.shape[1])
+
+
+def codes_of(data: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Codes of a bit string along the first axis.
+
+    Args:
+      data: uint8 `[n, cols]`, at least `count * bits / 8` rows.
+      bits: code width, 1 to 8.
+      count: number of codes.
+
+    Returns:
+      uint8 `[count, cols]`.
+    """
+    if bits == 8:
+        return data[:count]
+    if 8 % bits == 0:
+        shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+        fields = (data[:, None] >> shifts) & np.uint8(2**bits - 1)
+        return fields.reshape(-1, data.shape[1])[:count]
+    flat = np.unpackbits(data, axis=0, count=count * bits, bitorder="little")
+    planes = flat.reshape(count, bits, -1)
+    weights = (1 << np.arange(bits, dtype=np.uint8))[:, None]
+    return np.asarray(np.sum(planes * weights, axis=1, dtype=np.uint8))
+
+
+def packed_codes(data: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The same codes as `qjax.packing` packs them, `[packed_rows(count), cols]`."""
+    if 8 % bits == 0:
+        made = data[: packed_rows(count, bits)]
+        spare = -count % (8 // bits)
+        if not spare:
+            return made
+        made = made.copy()  # bits behind the last code need not be zero
+        made[-1] &= np.uint8(2 ** (8 - spare * bits) - 1)
+        return made
+    return repacked(codes_of(data, bits, count), bits)
+
+
+def repacked(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Unpacked codes `[in, out]` as `qjax.packing` packs them."""
+    return np.asarray(pack(jnp.asarray(codes), bits))
+
+
+def group_order(index: np.ndarray, group: int, where: str) -> np.ndarray | None:
+    """The order that makes groups of inputs contiguous.
+
+    Args:
+      index: group of each input, `[in]`; negative numbers count from the end.
+      group: inputs in each group.
+      where: what errors call the tensor.
+
+    Returns:
+      int32 `[in]`, the input that each row of the reordered weight belongs to; None
+      when groups are contiguous already.
+
+    Raises:
+      FormatError: a group has more or fewer inputs than `group`; the last may be short.
+    """
+    size = len(index)
+    count = -(-size // group)
+    index = np.where(index < 0, index + count, index)
+    if np.array_equal(index, np.arange(size) // group):
+        return None
+    order = np.argsort(index, kind="stable").astype(np.int32)
+    if not np.array_equal(index[order], np.arange(size) // group):
+        raise FormatError(
+            f"{where}: expected {count} groups of {group} inputs, got groups of "
+            f"{sorted(set(np.unique(index, return_counts=True)[1].tolist()))[:8]}"
+        )
+    return order

@@ -1,0 +1,175 @@
+"""Packed layers of foreign checkpoints, decoded to what their formats define."""
+
+import numpy as np
+import pytest
+
+from qjax.converters.awq import AWQ
+from qjax.converters.compressed_tensors import CompressedTensors
+from qjax.converters.gptq import GPTQ
+from qjax.errors import FormatError, UnsupportedError
+from qjax.formats import Int
+from qjax.wrappers import Permuted, RoundedInputs
+
+from .packers import awq_words, dense, whole_codes, words
+
+ROWS, COLS, GROUP = 96, 64, 32
+TRIVIAL = np.arange(ROWS) // GROUP
+
+
+def draw(bits: int, symmetric: bool = False, groups: int = ROWS // GROUP):
+    rng = np.random.default_rng(bits)
+    codes = rng.integers(0, 2**bits, (ROWS, COLS))
+    scales = rng.uniform(0.01, 0.1, (groups, COLS)).astype(np.float16)
+    zeros = rng.integers(1, 2**bits + 1, scales.shape)
+    return codes, scales, np.full_like(zeros, 2 ** (bits - 1)) if symmetric else zeros
+
+
+def equal(q, want) -> None:
+    np.testing.assert_array_equal(np.asarray(q.dequantize("float32")), want)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("order", ["none", "trivial", "activation"])
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq(bits, layout, order, symmetric):
+    codes, scales, zeros = draw(bits, symmetric)
+    if layout == "gptq_v2":
+        zeros = np.minimum(zeros, 2**bits - 1)
+    index = TRIVIAL
+    if order == "activation":
+        index = np.random.default_rng(1).permutation(TRIVIAL)
+    settings = {"bits": bits, "group_size": GROUP, "checkpoint_format": layout}
+    parts = {
+        "qweight": words(codes, bits, 0),
+        "qzeros": words(zeros - (layout == "gptq"), bits, 1),
+        "scales": scales,
+        "g_idx": index.astype(np.int32),
+    }
+    if order == "none":
+        del parts["g_idx"]
+    reader = GPTQ(settings, "here")
+    assert reader.shape(parts) == (COLS, ROWS)
+    q = reader.read(parts, "here: layer")
+    equal(q, dense(codes, scales, zeros, index))
+    assert isinstance(q, Permuted) == (order == "activation")
+    assert isinstance(q.format, Int) and q.format.symmetric == symmetric
+    assert q.dtype == "float16"
+
+
+def test_gptq_golden_words():
+    ramp = np.arange(32).reshape(32, 1) % 8
+    assert [hex(w) for w in words(ramp, 3, 0)[:, 0].view(np.uint32)] == [
+        "0x88fac688",
+        "0xc688fac6",
+        "0xfac688fa",
+    ]
+    assert hex(words(ramp, 4, 0).view(np.uint32)[0, 0]) == "0x76543210"
+    assert hex(awq_words(ramp[:8].T)[0, 0]) == "0x75316420"
+
+
+def test_gptq_without_groups_and_negative_indices():
+    codes, scales, zeros = draw(4, groups=1)
+    parts = {
+        "qweight": words(codes, 4, 0),
+        "qzeros": words(zeros - 1, 4, 1),
+        "scales": scales,
+        "g_idx": np.full(ROWS, -1, np.int32),
+    }
+    q = GPTQ({"bits": 4, "group_size": -1}, "here").read(parts, "here: layer")
+    equal(q, dense(codes, scales, zeros, np.zeros(ROWS, int)))
+    assert isinstance(q.format, Int) and q.format.group == "channel"
+
+
+def test_awq():
+    codes, scales, zeros = draw(4)
+    zeros = np.minimum(zeros, 15)
+    parts = {
+        "qweight": awq_words(codes),
+        "qzeros": awq_words(zeros),
+        "scales": scales,
+    }
+    reader = AWQ({"bits": 4, "group_size": GROUP, "version": "GEMM"}, "here")
+    assert reader.shape(parts) == (COLS, ROWS)
+    equal(reader.read(parts, "here: layer"), dense(codes, scales, zeros, TRIVIAL))
+
+
+def settings(bits: int, **more) -> dict:
+    weights = {"num_bits": bits, "type": "int", "group_size": GROUP}
+    group = {"targets": ["Linear"], "weights": weights, **more}
+    return {"format": "pack-quantized", "config_groups": {"group_0": group}}
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_compressed_integers(bits, symmetric, old):
+    codes, scales, zeros = draw(bits, symmetric)
+    zeros = np.minimum(zeros, 2**bits - 1)
+    pack = whole_codes if old else lambda codes, bits: words(codes, bits, 0)
+    parts = {
+        "weight_packed": pack(codes, bits).T,
+        "weight_scale": scales.T,
+        "weight_shape": np.array([COLS, ROWS]),
+    }
+    if not symmetric:
+        parts["weight_zero_point"] = pack(zeros.T, bits)
+    reader = CompressedTensors(settings(bits), "here")
+    assert reader.shape(parts) == (COLS, ROWS)
+    q = reader.read(parts, "here: layer")
+    equal(q, dense(codes, scales, zeros, TRIVIAL))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_rounded_activations_come_along(dynamic):
+    codes, scales, _ = draw(8, groups=1)
+    scheme = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": dynamic}
+    config = settings(8, input_activations=scheme)
+    config["format"] = "int-quantized"
+    del config["config_groups"]["group_0"]["weights"]["group_size"]
+    parts = {
+        "weight": (codes - 128).astype(np.int8).T,
+        "weight_scale": scales.T,
+        "input_scale": np.array([0.5], np.float16),
+    }
+    q = CompressedTensors(config, "here").read(parts, "here: layer")
+    equal(q, (codes - 128) * scales.astype(np.float32))
+    assert isinstance(q, RoundedInputs)
+    assert (q.scale is None) if dynamic else (float(q.scale) == 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qweight": np.zeros((12, 63), np.int32)}, "scales have shape"),
+        ({"qzeros": np.zeros((3, 7), np.int32)}, "fewer than 64 zero-points"),
+        ({"scales": np.ones((2, 64), np.float16)}, "zero-points have shape"),
+        ({"g_idx": np.zeros(96, np.int32)}, "expected 3 groups of 32 inputs"),
+    ],
+)
+def test_parts_that_do_not_fit(change, message):
+    codes, scales, zeros = draw(4)
+    parts = {
+        "qweight": words(codes, 4, 0),
+        "qzeros": words(zeros - 1, 4, 1),
+        "scales": scales,
+        "g_idx": TRIVIAL.astype(np.int32),
+    }
+    reader = GPTQ({"bits": 4, "group_size": GROUP}, "here")
+    with pytest.raises(FormatError, match=rf"here: layer.*{message}"):
+        reader.read(parts | change, "here: layer")
+
+
+@pytest.mark.parametrize(
+    ("reader", "config", "message"),
+    [
+        (GPTQ, {"bits": 4, "checkpoint_format": "marlin"}, "layout 'marlin' is not"),
+        (GPTQ, {"bits": 5}, "bits is 5, expected 2, 3, 4 or 8"),
+        (AWQ, {"bits": 4, "version": "gemv"}, "version 'gemv' with 4 bits"),
+        (CompressedTensors, {}, "no config_groups"),
+        (CompressedTensors, {"format": "sparse", "config_groups": {"a": {}}}, "sparse"),
+    ],
+)
+def test_settings_that_are_not_read(reader, config, message):
+    with pytest.raises((FormatError, UnsupportedError), match=message):
+        reader(config, "here")
