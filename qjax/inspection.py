@@ -2,6 +2,7 @@
 
 import collections
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from qjax.artifact import Artifact, is_artifact, tensor_report
 from qjax.checkpoint import checkpoint_parts
 from qjax.converters.huggingface import open_checkpoint
+from qjax.converters.packed import settings_of
 from qjax.ops import explain
 from qjax.tensor import QuantizedTensor
 
@@ -27,30 +29,34 @@ def inspect(
     Returns:
       `format, architecture, parameters, bits_per_weight, size_bytes, recipe, formats,
       matmul, tensors`, each tensor with `name, shape, format, bits_per_weight, nbytes`,
-      sizes in bytes; `formats` counts tensors by format, `matmul` says by packed format
+      sizes in bytes; `recipe` is what config.json calls the method of a quantized
+      directory, `formats` counts tensors by format, `matmul` says by packed format
       what multiplies one row of activations on this machine (`qjax.ops.explain`).
 
     Raises:
       SpecError: no such model.
       FormatError, IntegrityError, UnsupportedError: it cannot be read.
     """
-    recipe = None
     tensors: list[dict[str, Any]] = []
     runs: dict[str, str] = {}
+
+    def add(parts: Iterable[tuple[Any, dict[str, Any]]]) -> None:
+        for _, part in parts:
+            tensors.extend(_entry(path, leaf) for path, leaf in part.items())
+            for leaf in part.values():
+                if isinstance(leaf, QuantizedTensor) and leaf.format.name not in runs:
+                    runs[leaf.format.name] = explain((1, leaf.shape[0]), leaf)
+
     if is_artifact(source):
         artifact = Artifact(source, verify=False)
         kind, config = "qjax", artifact.config
         recipe = (artifact.manifest.get("recipe") or {}).get("name")
-        for _, part in artifact.parts():
-            tensors += [_entry(path, leaf) for path, leaf in part.items()]
-            for leaf in part.values():
-                if isinstance(leaf, QuantizedTensor) and leaf.format.name not in runs:
-                    runs[leaf.format.name] = explain((1, leaf.shape[0]), leaf)
+        add(artifact.parts())
     else:
         with open_checkpoint(source, revision) as checkpoint:
             kind, config = "huggingface", checkpoint.config
-            for _, part in checkpoint_parts(checkpoint):
-                tensors += [_entry(path, leaf) for path, leaf in part.items()]
+            add(checkpoint_parts(checkpoint))
+            recipe = (settings_of(config) or {}).get("quant_method")
     size = sum(t["nbytes"] for t in tensors)
     parameters = sum(int(np.prod(t["shape"], dtype=np.int64)) for t in tensors)
     return {

@@ -114,6 +114,7 @@ def test_logits_and_bytes(pair, tmp_path):
     report = qjax.inspect(pair[0])
     name = params[kernels[0]].format.name
     assert report["formats"][name] == len(kernels)
+    assert report["recipe"] == SETTINGS[pair[0].parent.name[:-1]]["quant_method"]
     assert report["matmul"][name]
 
 
