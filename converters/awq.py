@@ -17,14 +17,18 @@ from qjax.converters.words import codes_of, stream
 from qjax.errors import UnsupportedError
 from qjax.tensor import QuantizedTensor
 
+PARTS = {
+    "qweight": ("integer", 2),
+    "qzeros": ("integer", 2),
+    "scales": ("floating", 2),
+}
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 class AWQ:
     """Reads the layers of one checkpoint; see `qjax.converters.gptq.GPTQ`."""
 
-    kind, marks, stated = "awq", ("qweight",), ()
-    parts = ("qweight", "qzeros", "scales")
+    kind, marks, parts, stated = "awq", ("qweight",), PARTS, ()
 
     def __init__(self, settings: Mapping[str, Any], where: str):
         version = str(settings.get("version", "gemm")).lower()

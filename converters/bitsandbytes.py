@@ -24,21 +24,22 @@ from qjax.tensor import AffineTensor, CodebookTensor, QuantizedTensor
 
 STATES = {f"weight.quant_state.bitsandbytes__{kind}": kind for kind in ("nf4", "fp4")}
 FORMATS = {"nf4": NF4, "fp4": FP4}
+PARTS = {
+    "weight": ("any", None),
+    "weight.absmax": ("any", 1),
+    "weight.quant_map": ("floating", 1),
+    "weight.nested_absmax": ("floating", 1),
+    "weight.nested_quant_map": ("floating", 1),
+    "weight_format": ("integer", None),
+    "SCB": ("floating", 1),
+    **dict.fromkeys(STATES, ("integer", 1)),
+}
 
 
 class BitsAndBytes:
     """Reads the layers of one checkpoint; see `qjax.converters.gptq.GPTQ`."""
 
-    kind, marks = "bitsandbytes", (*STATES, "SCB")
-    parts = (
-        "weight",
-        "weight.absmax",
-        "weight.quant_map",
-        "weight.nested_absmax",
-        "weight.nested_quant_map",
-        "weight_format",
-        *marks,
-    )
+    kind, marks, parts = "bitsandbytes", (*STATES, "SCB"), PARTS
     stated = tuple(STATES)
 
     def __init__(self, settings: Mapping[str, Any], where: str):

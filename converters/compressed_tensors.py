@@ -28,16 +28,18 @@ from qjax.formats import FP8
 from qjax.tensor import MinifloatTensor, QuantizedTensor
 from qjax.wrappers import RoundedInputs
 
-PARTS = (
-    "weight_packed",
-    "weight",
-    "weight_scale",
-    "weight_zero_point",
-    "weight_shape",
-    "weight_g_idx",
-    "input_scale",
-    "input_zero_point",
-)
+PARTS = {
+    "weight_packed": ("integer", 2),
+    "weight": ("any", 2),
+    "weight_scale": ("floating", None),
+    "weight_zero_point": ("integer", None),
+    "weight_shape": ("integer", 1),
+    "weight_g_idx": ("integer", 1),
+    "input_scale": ("floating", None),
+    "input_zero_point": ("any", None),
+}
+_NESTED = re.compile(r"\([^)]*[+*}][^)]*\)[+*{?]")
+"""Repetitions inside repetitions, which take exponential time to match."""
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 
 
@@ -51,6 +53,8 @@ class CompressedTensors:
         groups = settings.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
             raise FormatError(f"{where}: quantization_config has no config_groups")
+        if not all(isinstance(scheme, Mapping) for scheme in groups.values()):
+            raise FormatError(f"{where}: config_groups are not objects")
         default = settings.get("format")
         found = {scheme.get("format") or default for scheme in groups.values()}
         if unknown := sorted(map(str, found - set(FORMATS))):
@@ -63,6 +67,7 @@ class CompressedTensors:
                 f"{where}: transforms and sparsity of compressed-tensors are not read"
             )
         self._groups = [dict(scheme) for scheme in groups.values()]
+        self._targets = [_targets(scheme, where) for scheme in self._groups]
 
     def shape(self, parts: Mapping[str, Any]) -> tuple[int, ...]:
         """`(out, in)`; see `Reader.shape`."""
@@ -85,24 +90,41 @@ class CompressedTensors:
     def _scheme(self, where: str) -> dict[str, Any]:
         """The scheme of a layer; class names stand for every layer."""
         name = where.rpartition(": ")[2]
-        for scheme in self._groups:
-            for target in scheme.get("targets") or ():
-                regular = target.startswith("re:") and re.match(target[3:], name)
-                if regular or name == target or name.endswith(f".{target}"):
+        for scheme, targets in zip(self._groups, self._targets, strict=True):
+            for target in targets:
+                whole = isinstance(target, str) and (
+                    name == target or name.endswith(f".{target}")
+                )
+                if whole or (isinstance(target, re.Pattern) and target.match(name)):
                     return scheme
         return self._groups[0]
+
+
+def _targets(scheme: Mapping[str, Any], where: str) -> list[str | re.Pattern[str]]:
+    """Names and patterns of the layers of a scheme."""
+    made = []
+    for target in scheme.get("targets") or ():
+        if not isinstance(target, str) or len(target) > 500 or _NESTED.search(target):
+            raise FormatError(f"{where}: target {target!r:.200} is not a layer's name")
+        try:
+            regular = target.startswith("re:")
+            made.append(re.compile(target[3:]) if regular else target)
+        except re.error as error:
+            raise FormatError(f"{where}: target {target!r}: {error}") from None
+    return made
 
 
 def _packed(parts, weights, where) -> QuantizedTensor:
     words, bits = parts["weight_packed"], weights.get("num_bits")
     if bits not in range(1, 9):
         raise FormatError(f"{where}: num_bits is {bits!r}, expected 1 to 8")
-    rows, cols = (int(v) for v in parts["weight_shape"][::-1])
-    if words.ndim != 2 or words.shape[0] != cols:
+    sizes = [int(size) for size in parts["weight_shape"]]
+    if len(sizes) != 2 or sizes[0] != words.shape[0] or sizes[1] < 1:
         raise FormatError(
             f"{where}: weight_packed has shape {list(words.shape)}, expected "
-            f"[{cols}, words] for {[cols, rows]}"
+            f"[out, words] for the weight_shape {sizes}"
         )
+    cols, rows = sizes
     scale = _transposed(parts["weight_scale"])
     zero = parts.get("weight_zero_point")
     half = 2 ** (bits - 1)

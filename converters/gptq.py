@@ -19,7 +19,12 @@ from qjax.converters.words import codes_of, stream
 from qjax.errors import FormatError, UnsupportedError
 from qjax.tensor import QuantizedTensor
 
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
+PARTS = {
+    "qweight": ("integer", 2),
+    "qzeros": ("integer", 2),
+    "scales": ("floating", 2),
+    "g_idx": ("integer", 1),
+}
 FORMATS = ("gptq", "gptq_v2")
 
 

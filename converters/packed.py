@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qjax.converters.awq import AWQ
@@ -27,13 +28,14 @@ class Reader(Protocol):
     Attributes:
       kind: what `quant_method` calls it.
       marks: parts of which every quantized layer has one.
-      parts: names of the tensors that may belong to a layer, after its own name.
+      parts: names of the tensors that may belong to a layer, after its own name, and
+        what they must be: `"integer"`, `"floating"` or `"any"`, and the rank or None.
       stated: parts that `shape` needs whole, not only their shape.
     """
 
     kind: str
     marks: tuple[str, ...]
-    parts: tuple[str, ...]
+    parts: Mapping[str, tuple[str, int | None]]
     stated: tuple[str, ...]
 
     def shape(self, parts: Mapping[str, Any]) -> tuple[int, ...]:
@@ -62,6 +64,19 @@ def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
             if owner.get(key) is not None:
                 return owner[key]
     return None
+
+
+def check_parts(reader: Reader, parts: Mapping[str, Any], where: str) -> None:
+    """Raises FormatError unless parts have the dtypes and ranks that a reader takes."""
+    for part, leaf in parts.items():
+        kind, rank = reader.parts[part]
+        fits = kind == "any" or jnp.issubdtype(leaf.dtype, getattr(jnp, kind))
+        if not fits or rank not in (None, len(leaf.shape)) or 0 in leaf.shape:
+            what = "numbers" if kind == "any" else f"{kind} numbers"
+            raise FormatError(
+                f"{where}.{part}: is {leaf.dtype} {list(leaf.shape)}, expected {what}"
+                f"{'' if rank is None else f' of rank {rank}'}, not empty"
+            )
 
 
 class PackedCheckpoint:
@@ -110,12 +125,13 @@ class PackedCheckpoint:
         return found
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        parts = {
-            part: self._source.read(n)
-            if part in self._reader.stated
-            else self._header(n)
-            for part, n in self._layers[name].items()
-        }
+        names = self._layers[name]
+        parts: dict[str, Any] = {p: self._header(n) for p, n in names.items()}
+        check_parts(
+            self._reader, parts, f"{self.where}: {name.removesuffix('.weight')}"
+        )
+        for part in set(names) & set(self._reader.stated):
+            parts[part] = self._source.read(names[part])
         try:
             return self._reader.shape(parts)
         except (KeyError, ValueError) as error:

@@ -1,12 +1,19 @@
 """Packed layers of foreign checkpoints, decoded to what their formats define."""
 
+import json
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as settings_of_tests
+from hypothesis import strategies as st
 
 from qjax.converters.awq import AWQ
-from qjax.converters.compressed_tensors import CompressedTensors
+from qjax.converters.bitsandbytes import BitsAndBytes
+from qjax.converters.compressed_tensors import FORMATS, CompressedTensors
 from qjax.converters.gptq import GPTQ
-from qjax.errors import FormatError, UnsupportedError
+from qjax.converters.packed import check_parts
+from qjax.errors import FormatError, QjaxError, UnsupportedError
 from qjax.formats import Int
 from qjax.wrappers import Permuted, RoundedInputs
 
@@ -173,3 +180,37 @@ def test_parts_that_do_not_fit(change, message):
 def test_settings_that_are_not_read(reader, config, message):
     with pytest.raises((FormatError, UnsupportedError), match=message):
         reader(config, "here")
+
+
+SIZES = st.sampled_from([0, 1, 3, 8, 12, 64, 96])
+
+
+@settings_of_tests(max_examples=60, derandomize=True, deadline=None)
+@given(
+    reader=st.sampled_from([GPTQ, AWQ, CompressedTensors, BitsAndBytes]),
+    bits=st.sampled_from([2, 3, 4, 8, 0, -1, "4", None, [4]]),
+    group=st.sampled_from([32, -1, 0, "g", None, 10**9]),
+    data=st.data(),
+)
+def test_parts_of_any_shape_give_a_tensor_or_a_clear_error(reader, bits, group, data):
+    weights = {"num_bits": bits, "group_size": group}
+    config = {"bits": bits, "group_size": group, "format": None}
+    if reader is CompressedTensors:
+        config["format"] = data.draw(st.sampled_from(FORMATS))
+        config["config_groups"] = {"a": {"weights": weights, "targets": ["Linear"]}}
+    rng, parts = np.random.default_rng(0), {}
+    for name, (kind, rank) in reader.parts.items():
+        if data.draw(st.integers(0, 9), name):
+            shape = [data.draw(SIZES) for _ in range(rank or 2)]
+            values = rng.integers(0, 100, shape)
+            parts[name] = values.astype({"floating": "float16"}.get(kind, "int32"))
+    state = {"shape": [data.draw(SIZES), data.draw(SIZES)], "blocksize": group}
+    for name in reader.stated if reader is BitsAndBytes else ():
+        parts[name] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    try:
+        check_parts(reader, parts, "here: layer")
+        q = reader(config, "here").read(parts, "here: layer")
+    except (QjaxError, KeyError) as error:  # PackedCheckpoint names missing parts
+        assert str(error)
+    else:
+        assert q.dequantize("float32").shape == q.shape

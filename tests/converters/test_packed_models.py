@@ -131,6 +131,14 @@ def test_what_is_wrong_with_a_checkpoint_is_named(pair, tmp_path):
     (copy / "config.json").write_text(json.dumps(config), "utf-8")
     with pytest.raises(UnsupportedError, match="quantized with 'higgs', which is not"):
         qjax.load(copy)
+    with open_checkpoint(pair[0]) as source:
+        name = next(n for n in source.names() if n.endswith(("scales", "weight_scale")))
+        tensors = {n: np.array(source.read(n)) for n in source.names()}
+        tensors[name] = tensors[name].astype(np.int32)
+        files = source.tokenizer_files
+        write_checkpoint(tmp_path / "wrong", source.config, tensors, files)
+    with pytest.raises(FormatError, match=f"{name}: is int32.*floating"):
+        qjax.load(tmp_path / "wrong")
     config["quantization_config"] = ["gptq"]
     (copy / "config.json").write_text(json.dumps(config), "utf-8")
     with pytest.raises(FormatError, match="quantization_config is"):
