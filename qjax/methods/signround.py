@@ -82,7 +82,7 @@ class SignRound(Method):
     batch: int = 8
     checks: int = 5
     seed: int = 0
-    rule: str = "mse"
+    rule: str = "auto"
 
     def __post_init__(self) -> None:
         check_steps("SignRound", steps=self.steps, batch=self.batch, checks=self.checks)
