@@ -18,7 +18,14 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIMIZED = ("evaluate", "formats", "peers", "test_examples.py")
+OPTIMIZED = {
+    "evaluate",
+    "formats",
+    "peers",
+    "test_examples.py",
+    "test_memory.py",
+    "test_tpu_compile.py",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,12 +48,13 @@ def _compiler(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compile fast where that hides nothing, and forget programs in time.
 
     LLVM's optimizations take half of the suite's time. They stay on where results are
-    compared bit for bit, in examples and in comparisons with other libraries;
+    compared bit for bit, in examples, in what compilers promise (memory, schedules)
+    and in comparisons with other libraries;
     `QJAX_TEST_OPTIMIZE=1` turns them on everywhere. Each program takes several of the
     65530 maps that Linux grants a process; beyond, the compiler crashes.
     """
-    folder = request.path.relative_to(ROOT / "tests").parts[0]
-    fast = folder not in OPTIMIZED and "QJAX_TEST_OPTIMIZE" not in os.environ
+    slow = OPTIMIZED.intersection(request.path.relative_to(ROOT / "tests").parts)
+    fast = not slow and "QJAX_TEST_OPTIMIZE" not in os.environ
     jax.config.update("jax_disable_most_optimizations", fast)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(fast))  # of child processes
     yield
