@@ -48,10 +48,10 @@ def _compiler(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compile fast where that hides nothing, and forget programs in time.
 
     LLVM's optimizations take half of the suite's time. They stay on where results are
-    compared bit for bit, in examples, in what compilers promise (memory, schedules)
-    and in comparisons with other libraries;
-    `QJAX_TEST_OPTIMIZE=1` turns them on everywhere. Each program takes several of the
-    65530 maps that Linux grants a process; beyond, the compiler crashes.
+    compared bit for bit, in examples, in what compilers promise (memory, schedules) and
+    in comparisons with other libraries; `QJAX_TEST_OPTIMIZE=1` turns them on
+    everywhere. Each program takes several of the 65530 maps that Linux grants a
+    process; beyond, the compiler crashes.
     """
     slow = OPTIMIZED.intersection(request.path.relative_to(ROOT / "tests").parts)
     fast = not slow and "QJAX_TEST_OPTIMIZE" not in os.environ
