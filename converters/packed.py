@@ -57,13 +57,12 @@ SETTINGS = ("quantization_config", "compression_config")
 """Keys of config.json under which a checkpoint says how it is quantized."""
 
 
-def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def settings_of(config: Mapping[str, Any]) -> Any:
     """What config.json says of quantization, or None for a dense checkpoint."""
-    for owner in (config, config.get("text_config") or {}):
-        for key in SETTINGS:
-            if owner.get(key) is not None:
-                return owner[key]
-    return None
+    text = config.get("text_config")
+    owners = [config, *([text] if isinstance(text, Mapping) else [])]
+    found = (owner.get(key) for owner in owners for key in SETTINGS)
+    return next((settings for settings in found if settings is not None), None)
 
 
 def check_parts(reader: Reader, parts: Mapping[str, Any], where: str) -> None:
