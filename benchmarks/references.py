@@ -1,6 +1,6 @@
 """Perplexity of GPTQ and AWQ beside the original algorithms, over three calibrations.
 
-    command   python benchmarks/references.py [--seeds 3] [--windows 200] [--json FILE]
+    command   python benchmarks/references.py [CASE ...] [--seeds 3] [--windows 200] [--json FILE]
     hardware  any CPU
     minutes   twenty on two cores
     result    a Markdown table of reference, ours and their ratio on both texts
@@ -104,11 +104,14 @@ def cases():
         fmt = Int(bits, group, symmetric=False, zero_dtype="uint8")
         for kind, ours in (("gptq", GPTQ()), ("awq", AWQ(RTN()))):
             original = recipe(Cast("float16"), Original(kind, bits, group))
-            yield f"{kind}, int{bits}-g{group}", original, recipe(fmt, ours)
+            yield f"{kind}-int{bits}-g{group}", original, recipe(fmt, ours)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "cases", nargs="*", default=["gptq", "awq"], help="gptq, awq-int3, ..."
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=200)
     parser.add_argument("--json", type=Path)
@@ -120,6 +123,8 @@ def main() -> None:
     print("| method | text | reference | ours | ratio |")
     print("| --- | --- | ---: | ---: | ---: |")
     for name, *sides in cases():
+        if not any(name.startswith(case) for case in options.cases):
+            continue
         found = []
         for seed in range(options.seeds):
             rng = np.random.default_rng(seed)
