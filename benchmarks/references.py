@@ -1,6 +1,6 @@
 """Perplexity of GPTQ and AWQ beside the original algorithms, over three calibrations.
 
-    command   python benchmarks/references.py [CASE ...] [--seeds 3] [--windows 200] [--json FILE]
+    command   python benchmarks/references.py [CASE ...] [--seeds 3] [--windows 200]
     hardware  any CPU
     minutes   twenty on two cores
     result    a Markdown table of reference, ours and their ratio on both texts
