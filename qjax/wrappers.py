@@ -318,7 +318,7 @@ def layer_of(tree: Any, layer: Any) -> Any:
         fields = {
             f.name: getattr(leaf, f.name)
             for f in dataclasses.fields(leaf)
-            if not f.metadata.get("static")
+            if not f.metadata.get("static") and getattr(leaf, f.name) is not None
         }
         return dataclasses.replace(leaf, **{k: take(v) for k, v in fields.items()})
 

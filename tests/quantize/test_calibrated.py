@@ -24,6 +24,7 @@ PRESETS = [
     "spqr-3bit",
     "kmeans-3bit",
     "llm-int8",
+    "w8a8",
     "w8a8-static",
     "aqlm-2bit",
     "best-2bit",
