@@ -249,6 +249,7 @@ PRESETS: dict[str, tuple[Format, Method]] = {
     "gptq-int2-g64": (_int(2, 64), _METHODS["gptq"]),
     "awq-int4-g128": (_int(4, 128), AWQ()),
     "awq-int3-g64": (_int(3, 64), AWQ()),
+    "spqr-4bit": (Int(4, 32, symmetric=False), SpQR(outliers=0.003)),
     "spqr-3bit": (Int(3, 16, symmetric=False), SpQR()),
     "kmeans-4bit": (KMeans(4), Lloyd(outliers=0.004, sensitive=0.0005)),
     "kmeans-3bit": (KMeans(3), Lloyd(outliers=0.004, sensitive=0.0005)),
