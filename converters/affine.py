@@ -1,5 +1,8 @@
 """Integers of foreign checkpoints as `AffineTensor`, bit for bit."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from qjax.converters.words import codes_of, group_order, packed_codes, repacked
@@ -7,6 +10,12 @@ from qjax.errors import FormatError
 from qjax.formats import Int
 from qjax.tensor import AffineTensor, QuantizedTensor
 from qjax.wrappers import Permuted
+
+
+def group_of(settings: Mapping[str, Any]) -> int | None:
+    """Inputs per scale as settings say it; None for one scale per output."""
+    group = settings.get("group_size", settings.get("q_group_size"))
+    return group if type(group) is int and group > 0 else None
 
 
 def affine(
@@ -77,6 +86,8 @@ def affine(
         codes = packed_codes(data, bits, rows)
     if bits == 8 and symmetric:
         codes = (codes ^ np.uint8(128)).view(np.int8)
+    if zero is not None and int(zero.min()) < 0:
+        raise FormatError(f"{where}: a zero-point lies below the smallest code")
     zeros = None
     if not symmetric and zero is not None:
         zeros = zero.astype(np.uint8 if int(zero.max()) < 256 else np.float16)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qjax.converters.affine import affine
+from qjax.converters.affine import affine, group_of
 from qjax.converters.words import codes_of, stream
 from qjax.errors import UnsupportedError
 from qjax.tensor import QuantizedTensor
@@ -33,8 +33,7 @@ class AWQ:
     def __init__(self, settings: Mapping[str, Any], where: str):
         version = str(settings.get("version", "gemm")).lower()
         bits = settings.get("bits", settings.get("w_bit", 4))
-        group = settings.get("group_size", settings.get("q_group_size"))
-        self.group = group if type(group) is int and group > 0 else None
+        self.group = group_of(settings)
         if version != "gemm" or bits != 4:
             raise UnsupportedError(
                 f"{where}: AWQ version {version!r} with {bits} bits is not read; "

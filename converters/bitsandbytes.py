@@ -94,9 +94,9 @@ def _four(parts: Mapping[str, np.ndarray], where: str) -> QuantizedTensor:
 
     swapped = (data >> 4) | (data << 4)
     codes = swapped.reshape(-1, 1) if flat else swapped.reshape(cols, -1).T
-    offset = None
-    stored: Any = placed(absmax.astype(np.float32, copy=False)) if not double else None
-    if double:
+    if not double:
+        stored: Any = placed(absmax.astype(np.float32, copy=False))
+    else:
         inner = Dynamic8(state.get("nested_blocksize", 256))
         sums = parts["weight.nested_absmax"].astype(np.float32).reshape(-1, 1)
         if sums.size != -(-blocks // inner.block):
@@ -105,7 +105,10 @@ def _four(parts: Mapping[str, np.ndarray], where: str) -> QuantizedTensor:
                 f"{-(-blocks // inner.block)}"
             )
         table = _table(parts["weight.nested_quant_map"], inner.table, where)
-        mean = np.full((1, 1), state.get("nested_offset", 0.0), np.float32)
+        mean = state.get("nested_offset", 0.0)
+        if type(mean) not in (int, float):
+            raise FormatError(f"{where}: nested_offset is {mean!r}, expected a number")
+        mean = np.full((1, 1), mean, np.float32)
         stored = CodebookTensor(
             absmax.reshape(-1, 1), sums, table, mean, inner, scale, "float32"
         )
@@ -113,7 +116,7 @@ def _four(parts: Mapping[str, np.ndarray], where: str) -> QuantizedTensor:
     dtype = str(state.get("dtype", "float32"))
     if dtype not in ("float16", "bfloat16", "float32"):
         raise UnsupportedError(f"{where}: dtype {dtype!r} of the weight is not a float")
-    return CodebookTensor(codes, stored, own, offset, fmt, (rows, cols), dtype)
+    return CodebookTensor(codes, stored, own, None, fmt, (rows, cols), dtype)
 
 
 def _table(stored: np.ndarray, usual: np.ndarray, where: str) -> np.ndarray | None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from qjax.converters.affine import affine
+from qjax.converters.affine import affine, group_of
 from qjax.converters.words import codes_of, stream
 from qjax.errors import FormatError, UnsupportedError
 from qjax.formats import FP8
@@ -53,8 +53,8 @@ class CompressedTensors:
         groups = settings.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
             raise FormatError(f"{where}: quantization_config has no config_groups")
-        if not all(isinstance(scheme, Mapping) for scheme in groups.values()):
-            raise FormatError(f"{where}: config_groups are not objects")
+        for name, scheme in groups.items():
+            _check_scheme(scheme, f"{where}: config_groups.{name}")
         default = settings.get("format")
         found = {scheme.get("format") or default for scheme in groups.values()}
         if unknown := sorted(map(str, found - set(FORMATS))):
@@ -88,16 +88,36 @@ class CompressedTensors:
         return _inputs(made, scheme.get("input_activations"), parts, where)
 
     def _scheme(self, where: str) -> dict[str, Any]:
-        """The scheme of a layer; class names stand for every layer."""
+        """The scheme of a layer: by its name, by a pattern, or of all layers."""
         name = where.rpartition(": ")[2]
-        for scheme, targets in zip(self._groups, self._targets, strict=True):
-            for target in targets:
-                whole = isinstance(target, str) and (
-                    name == target or name.endswith(f".{target}")
-                )
-                if whole or (isinstance(target, re.Pattern) and target.match(name)):
-                    return scheme
-        return self._groups[0]
+        found = [
+            (rank, i)
+            for i, targets in enumerate(self._targets)
+            for target in targets
+            if (rank := _rank(target, name)) is not None
+        ]
+        if not found:
+            raise FormatError(f"{where}: no target of config_groups names it")
+        return self._groups[min(found)[1]]
+
+
+def _rank(target: str | re.Pattern[str], name: str) -> int | None:
+    """How closely a target names a layer, 0 closest; None when it does not."""
+    if isinstance(target, re.Pattern):
+        return 1 if target.match(name) else None
+    if name == target or name.endswith(f".{target}"):
+        return 0
+    return 2 if target == "Linear" else None
+
+
+def _check_scheme(scheme: Any, where: str) -> None:
+    """Raises FormatError unless a scheme has the fields that are read."""
+    kinds = {"weights": Mapping, "input_activations": Mapping, "format": str}
+    objects = isinstance(scheme, Mapping)
+    for field, kind in kinds.items():
+        value = scheme.get(field) if objects else scheme
+        if not objects or not (value is None or isinstance(value, kind)):
+            raise FormatError(f"{where}: {field} is {value!r:.200}")
 
 
 def _targets(scheme: Mapping[str, Any], where: str) -> list[str | re.Pattern[str]]:
@@ -140,7 +160,7 @@ def _packed(parts, weights, where) -> QuantizedTensor:
         bits=bits,
         matrix=(rows, cols),
         where=where,
-        group=_group(weights),
+        group=group_of(weights),
         index=_order(parts),
         dtype=scale.dtype.name,
     )
@@ -188,7 +208,7 @@ def _integers(parts, weights, where) -> QuantizedTensor:
         bits=bits,
         matrix=codes.shape,
         where=where,
-        group=_group(weights),
+        group=group_of(weights),
         index=_order(parts),
         dtype=scale.dtype.name,
         unpacked=True,
@@ -218,7 +238,8 @@ def _inputs(made, scheme, parts, where) -> QuantizedTensor:
     if not scheme:
         return made
     kinds = {("int", 8): "int8", ("float", 8): "float8_e4m3fn"}
-    activation = kinds.get((scheme.get("type", "int"), scheme.get("num_bits", 8)))
+    stated = (scheme.get("type", "int"), scheme.get("num_bits", 8))
+    activation = next((name for key, name in kinds.items() if key == stated), None)
     if activation is None or not scheme.get("symmetric", True):
         raise UnsupportedError(
             f"{where}: activations of {scheme.get('num_bits')} bits "
@@ -236,11 +257,6 @@ def _inputs(made, scheme, parts, where) -> QuantizedTensor:
 def _transposed(leaf: np.ndarray) -> np.ndarray:
     """Scales as `[groups, out]`."""
     return np.ascontiguousarray((leaf if leaf.ndim > 1 else leaf.reshape(-1, 1)).T)
-
-
-def _group(weights: Mapping[str, Any]) -> int | None:
-    group = weights.get("group_size")
-    return group if type(group) is int and group > 0 else None
 
 
 def _order(parts: Mapping[str, np.ndarray]) -> np.ndarray | None:

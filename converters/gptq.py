@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qjax.converters.affine import affine
+from qjax.converters.affine import affine, group_of
 from qjax.converters.words import codes_of, stream
 from qjax.errors import FormatError, UnsupportedError
 from qjax.tensor import QuantizedTensor
@@ -50,8 +50,7 @@ class GPTQ:
                 f"{where}: GPTQ layout {self.layout!r} is not read; expected one of "
                 f"{', '.join(FORMATS)}. Save it with GPTQModel in one of them first"
             )
-        group = settings.get("group_size", settings.get("q_group_size"))
-        self.group = group if type(group) is int and group > 0 else None
+        self.group = group_of(settings)
         self.bits = settings.get("bits", settings.get("w_bit"))
         if self.bits not in (2, 3, 4, 8):
             raise FormatError(

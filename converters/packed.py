@@ -52,7 +52,6 @@ READERS: dict[str, Any] = {
 }
 """Readers by `quant_method`: called with the settings and what errors say."""
 
-
 SETTINGS = ("quantization_config", "compression_config")
 """Keys of config.json under which a checkpoint says how it is quantized."""
 
@@ -151,7 +150,7 @@ class PackedCheckpoint:
         return self._shapes[name] if name in self._shapes else self._source.shape(name)
 
     def dtype(self, name: str) -> Any:
-        """Dtype of a tensor; of a quantized weight that of its values."""
+        """Dtype of a tensor; some float for a quantized weight."""
         if name in self._layers:
             return np.dtype(np.float16)
         return self._source.dtype(name)

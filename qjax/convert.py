@@ -53,14 +53,14 @@ def convert(
     """
     if fmt not in FORMATS:
         raise SpecError(f"format {fmt!r}: expected one of {', '.join(FORMATS)}")
-    if is_artifact(source) and fmt == "safetensors":
+    if is_artifact(source):
+        if fmt == "qjax":
+            raise SpecError(f"{os.fspath(source)}: is a qjax artifact already")
         artifact = Artifact(source)
         copied = {n: p for n, p in artifact.files.items() if n in TOKENIZER_FILES}
         parts = (part for _, part in artifact.parts())
         _write_dense(target, artifact.config, parts, copied, overwrite)
         return
-    if is_artifact(source):  # says so
-        quantize_checkpoint(source, target, Recipe((), "dense"))
     with open_checkpoint(source, revision) as checkpoint:
         if fmt == "safetensors":
             parts = (part for _, part in checkpoint_parts(checkpoint))

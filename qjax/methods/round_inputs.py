@@ -2,9 +2,9 @@
 
 The weight is quantized by another method; the result is `RoundedInputs`, whose products
 round every row of activations to a scale of its own, `y = round(x) W`, or all of them
-to one static scale. With `Int(8)`
-weights this is W8A8, with `Int(4)` W4A8; equalization or outlier decomposition goes
-outside or inside of it, as `SmoothQuant` and `LLMInt8` do.
+to one static scale. With `Int(8)` weights this is W8A8, with `Int(4)` W4A8;
+equalization or outlier decomposition goes outside or inside of it, as `SmoothQuant` and
+`LLMInt8` do.
 
 Reference: Xiao et al., SmoothQuant, arXiv 2211.10438 (per-token dynamic quantization).
 """

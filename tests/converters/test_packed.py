@@ -127,6 +127,32 @@ def test_compressed_integers(bits, symmetric, old):
     equal(q, dense(codes, scales, zeros, TRIVIAL))
 
 
+def test_the_closest_target_decides():
+    schemes = {"b": ["Linear"], "c": ["re:.*down.*"], "d": ["layers.1.mlp.down_proj"]}
+    groups = {
+        name: {"targets": targets, "weights": {"num_bits": bits, "group_size": GROUP}}
+        for bits, (name, targets) in enumerate(schemes.items(), 2)
+    }
+    config = {"format": "pack-quantized", "config_groups": groups}
+    reader = CompressedTensors(config, "here")
+    for layer, bits in (
+        ("layers.0.mlp.up_proj", 2),
+        ("layers.0.mlp.down_proj", 3),
+        ("model.layers.1.mlp.down_proj", 4),
+    ):
+        codes, scales, zeros = draw(bits, True)
+        parts = {
+            "weight_packed": words(codes, bits, 0).T,
+            "weight_scale": scales.T,
+            "weight_shape": np.array([COLS, ROWS]),
+        }
+        q = reader.read(parts, f"here: {layer}")
+        equal(q, dense(codes, scales, zeros, TRIVIAL))
+    del groups["b"]
+    with pytest.raises(FormatError, match="no target of config_groups names it"):
+        CompressedTensors(config, "here").read(parts, "here: layers.0.attn.q_proj")
+
+
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_rounded_activations_come_along(dynamic):
     codes, scales, _ = draw(8, groups=1)
@@ -197,7 +223,10 @@ def test_parts_of_any_shape_give_a_tensor_or_a_clear_error(reader, bits, group, 
     config = {"bits": bits, "group_size": group, "format": None}
     if reader is CompressedTensors:
         config["format"] = data.draw(st.sampled_from(FORMATS))
-        config["config_groups"] = {"a": {"weights": weights, "targets": ["Linear"]}}
+        any_of = st.sampled_from([weights, None, [1], "x"])
+        scheme = {"weights": weights, "targets": ["Linear"]}
+        scheme[data.draw(st.sampled_from(["weights", "other"]))] = data.draw(any_of)
+        config["config_groups"] = {"a": scheme}
     rng, parts = np.random.default_rng(0), {}
     for name, (kind, rank) in reader.parts.items():
         if data.draw(st.integers(0, 9), name):
