@@ -325,7 +325,7 @@ def test_converting_back_gives_the_dequantized_checkpoint(artifact, tmp_path, ti
             np.testing.assert_array_equal(file.read(name), tensor)
     qjax.convert(tiny, tmp_path / "kept", "qjax")
     assert set(qjax.inspect(tmp_path / "kept")["formats"]) == {"float32"}
-    with pytest.raises(SpecError, match="quantized already"):
+    with pytest.raises(SpecError, match="is a qjax artifact already"):
         qjax.convert(artifact[0], tmp_path / "x", "qjax")
     with pytest.raises(SpecError, match="expected one of qjax, safetensors"):
         qjax.convert(artifact[0], tmp_path / "x", "gguf")
