@@ -1,28 +1,45 @@
-"""AWQ checkpoints in the GEMM layout of AutoAWQ, 4 bits.
+"""AWQ checkpoints of 4 bits, read and written: GEMM, GEMV and GEMV-FAST layouts.
 
-Per linear layer: `qweight` int32 `[in, out / 8]` and `qzeros` int32 `[groups, out / 8]`
-with eight neighbouring outputs in a word, nibble `p` holding output `ORDER[p]`;
-`scales` `[groups, out]`. Input scales are folded into other tensors already.
+Input scales are folded into other tensors already. Per linear layer:
 
-Reference: AutoAWQ `modules/linear/gemm.py`, `utils/packing_utils.py`.
+* `gemm`: `qweight` int32 `[in, out / 8]` and `qzeros` int32 `[groups, out / 8]` with
+  eight neighbouring outputs in a word, nibble `p` holding output `ORDER[p]`; `scales`
+  `[groups, out]`.
+* `gemv`: `qweight` int32 `[out, in / 8]` and `qzeros` int32 `[out, words]`, nibbles in
+  order; `scales` `[out, 8 words]`. Groups beyond `in` are padding.
+* `gemv_fast`, `llm-awq`: `qweight` int16 `[out / 4, in]`: tiles of 4 outputs and 64
+  inputs, in each output runs of 32 inputs in the order of `_FAST`; `scales
+  [groups, out]`; `qzeros` or `scaled_zeros` like them: `-zero * scale`, in half.
+
+Reference: AutoAWQ `modules/linear/{gemm,gemv,gemv_fast}.py`,
+`utils/packing_utils.py`; llm-awq `quantize/qmodule.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from qjax.converters.affine import affine, group_of
-from qjax.converters.words import codes_of, stream
-from qjax.errors import UnsupportedError
+from qjax.converters.affine import affine, group_of, integers, zero_of_bias
+from qjax.converters.gptq import check_integers
+from qjax.converters.overrides import layer_name
+from qjax.converters.words import codes_of, stream, words_of
+from qjax.errors import FormatError, UnsupportedError
+from qjax.formats import Int
 from qjax.tensor import QuantizedTensor
 
 PARTS = {
-    "qweight": ("integer", 2),
-    "qzeros": ("integer", 2),
+    "qweight": ("integer", 2),  # int32, int16 in GEMV-FAST
+    "qzeros": ("any", 2),
+    "scaled_zeros": ("floating", 2),
     "scales": ("floating", 2),
 }
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+VERSIONS = ("gemm", "gemv", "gemv_fast", "llm-awq")
+_FAST = np.arange(32).reshape(4, 4, 2).swapaxes(0, 1).reshape(4, 4, 2)
+_FAST = _FAST.swapaxes(1, 2).reshape(32)
 
 
 class AWQ:
@@ -31,33 +48,62 @@ class AWQ:
     kind, marks, parts, stated = "awq", ("qweight",), PARTS, ()
 
     def __init__(self, settings: Mapping[str, Any], where: str):
-        version = str(settings.get("version", "gemm")).lower()
+        self.version = str(settings.get("version", "gemm")).lower()
         bits = settings.get("bits", settings.get("w_bit", 4))
         self.group = group_of(settings)
-        if version != "gemm" or bits != 4:
+        if self.version not in VERSIONS or bits != 4:
             raise UnsupportedError(
-                f"{where}: AWQ version {version!r} with {bits} bits is not read; "
-                "expected 'gemm' with 4 bits"
+                f"{where}: AWQ version {self.version!r} with {bits} bits is not read; "
+                f"expected 4 bits in one of {', '.join(VERSIONS)}"
             )
 
     def shape(self, parts: Mapping[str, Any]) -> tuple[int, ...]:
         """`(out, in)`; see `Reader.shape`."""
-        rows, words = parts["qweight"].shape
-        return words * 8, rows
+        rows, cols = parts["qweight"].shape
+        if self.version == "gemm":
+            return cols * 8, rows
+        return (rows, cols * 8) if self.version == "gemv" else (rows * 4, cols)
 
     def read(self, parts: Mapping[str, np.ndarray], where: str) -> QuantizedTensor:
         """One weight `[in, out]`; see `affine`."""
-        codes, zeros = _columns(parts["qweight"]), _columns(parts["qzeros"])
+        cols, rows = self.shape(parts)
+        scales = np.asarray(parts["scales"])
+        if self.version == "gemm":
+            data = _rows(parts["qweight"].view(np.uint32))
+            zeros = _columns(parts["qzeros"])
+        elif self.version == "gemv":
+            data = stream(parts["qweight"].T)
+            words = parts["qzeros"]
+            zeros = codes_of(stream(words.T), 4, words.shape[1] * 8)
+            scales = np.ascontiguousarray(scales.T)
+        else:
+            data = stream(words_of(_fast(parts["qweight"], where), 4))
+            zeros = _unscaled(parts, scales, where)
+        if self.version != "gemm":
+            groups = -(-rows // (self.group or rows))
+            scales, zeros = scales[:groups], zeros[:groups]
         return affine(
-            codes,
-            np.asarray(parts["scales"]),
+            data,
+            scales,
             zeros,
             bits=4,
-            matrix=codes.shape,
+            matrix=(rows, cols),
             where=where,
-            unpacked=True,
             group=self.group,
         )
+
+
+@jax.jit
+def _rows(words):
+    """Codes of words `[in, out / 8]`, two rows to a byte, `[ceil(in / 2), out]`."""
+    rows, width = words.shape
+    pairs = jnp.pad(words, [(0, rows % 2), (0, 0)]).reshape(-1, 2, width)
+    fields = []
+    for place in np.argsort(ORDER):
+        nibbles = (pairs >> jnp.uint32(4 * place)) & jnp.uint32(15)
+        fields.append(nibbles[:, 0] | (nibbles[:, 1] << jnp.uint32(4)))
+    made = jnp.stack(fields, -1).astype(jnp.uint8)
+    return made.reshape(-1, width * 8)
 
 
 def _columns(words: np.ndarray) -> np.ndarray:
@@ -66,3 +112,89 @@ def _columns(words: np.ndarray) -> np.ndarray:
     made = np.empty_like(nibbles).reshape(len(words), -1, 8)
     made[..., ORDER] = nibbles.reshape(made.shape)
     return made.reshape(nibbles.shape)
+
+
+def _fast(words: np.ndarray, where: str) -> np.ndarray:
+    """Codes `[in, out]` of the GEMV-FAST layout."""
+    slabs, rows = words.shape
+    if words.dtype.itemsize != 2 or rows % 64:
+        raise FormatError(
+            f"{where}.qweight: is {words.dtype} {list(words.shape)}, expected int16 "
+            "[out / 4, in] with in a multiple of 64"
+        )
+    fields = codes_of(stream(words.reshape(-1, 1)), 4, words.size * 4)
+    tiles = fields.reshape(slabs, rows // 64, 4, 64).transpose(0, 2, 1, 3)
+    stored = tiles.reshape(slabs * 4, -1, 32)
+    made = np.empty_like(stored)
+    made[..., _FAST] = stored
+    return np.ascontiguousarray(made.reshape(slabs * 4, rows).T)
+
+
+def _unscaled(parts, scales: np.ndarray, where: str) -> np.ndarray:
+    """Zero-points of `-zero * scale`: whole numbers wherever these give that."""
+    name = "qzeros" if "qzeros" in parts else "scaled_zeros"
+    shift = parts[name]
+    if shift.shape != scales.shape or not jnp.issubdtype(shift.dtype, jnp.floating):
+        raise FormatError(
+            f"{where}.{name}: is {shift.dtype} {list(shift.shape)}, expected floats "
+            f"{list(scales.shape)} as the scales"
+        )
+    zero = zero_of_bias(scales, shift)
+    whole = np.rint(zero)
+    same = (-whole * scales.astype(np.float32)).astype(shift.dtype) == shift
+    return np.where(same, whole, zero)
+
+
+class AWQWriter:
+    """Writes the layers of one checkpoint; see `qjax.converters.gptq.GPTQWriter`."""
+
+    kind = "awq"
+    fallback = Int(4, 128, symmetric=False, scale_dtype="float16", zero_dtype="uint8")
+
+    def __init__(self):
+        self._groups: dict[str, int] = {}
+
+    def write(self, q: QuantizedTensor, where: str) -> dict[str, np.ndarray]:
+        """`qweight`, `qzeros` and `scales` of a weight, in the GEMM layout.
+
+        Raises:
+          UnsupportedError: the layout does not hold it exactly.
+        """
+        x = integers(q, where)
+        rows, cols = x.codes.shape
+        check_integers(x, (4,), 0, where)
+        if x.index is not None or cols % 8:
+            raise UnsupportedError(
+                f"{where}: AWQ holds groups of neighbouring inputs and multiples of 8 "
+                f"outputs; got {cols} outputs"
+                + ("" if x.index is None else " and groups out of order")
+            )
+        group = -1 if x.group >= rows else x.group
+        if others := set(self._groups.values()) - {group}:
+            raise UnsupportedError(
+                f"{where}: has groups of {group}, other layers of {others.pop()} (-1: "
+                "one per output); AWQ has one group size for all"
+            )
+        self._groups[layer_name(where)] = group
+        return {
+            "qweight": _words(x.codes),
+            "qzeros": _words(x.zero.astype(np.uint8)),
+            "scales": np.ascontiguousarray(x.scale),
+        }
+
+    def settings(self, kept: Sequence[str]) -> dict[str, Any]:
+        """`quantization_config` of the layers written so far."""
+        return {
+            "quant_method": "awq",
+            "version": "gemm",
+            "bits": 4,
+            "group_size": next(iter(self._groups.values())),
+            "zero_point": True,
+            "modules_to_not_convert": list(kept) or None,
+        }
+
+
+def _words(codes: np.ndarray) -> np.ndarray:
+    """int32 words `[rows, out / 8]` of codes `[rows, out]`."""
+    placed = codes.reshape(len(codes), -1, 8)[..., ORDER].reshape(codes.shape)
+    return np.ascontiguousarray(words_of(np.ascontiguousarray(placed.T), 4).T)

@@ -1,4 +1,4 @@
-"""bitsandbytes checkpoints: NF4 and FP4, nested or not, and LLM.int8().
+"""bitsandbytes checkpoints, read and written: NF4 and FP4, nested or not, LLM.int8().
 
 4 bits: `weight` holds the row-major codes of `[out, in]`, two per byte, the first in
 the high nibble, in any dtype; `weight.absmax` the scale of each block of the flattened
@@ -11,7 +11,8 @@ weight, in float32 or as codes of the dynamic 8-bit map (`weight.nested_absmax`,
 Reference: bitsandbytes 0.50 `functional.QuantState`, `nn/modules.py` (`Linear8bitLt`).
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from qjax.formats import FP4, NF4, Int
 from qjax.formats.codebook import Dynamic8
 from qjax.io.json import parse_object
 from qjax.tensor import AffineTensor, CodebookTensor, QuantizedTensor
+from qjax.wrappers import RoundedInputs
 
 STATES = {f"weight.quant_state.bitsandbytes__{kind}": kind for kind in ("nf4", "fp4")}
 FORMATS = {"nf4": NF4, "fp4": FP4}
@@ -144,3 +146,119 @@ def _eight(parts: Mapping[str, np.ndarray], where: str) -> QuantizedTensor:
         )
     scale = absmax.astype(np.float32)[None] / np.float32(127)
     return AffineTensor(codes, scale, None, Int(8, "channel"), codes.shape, "float16")
+
+
+class BitsAndBytesWriter:
+    """Writes the layers of one checkpoint; see `qjax.converters.gptq.GPTQWriter`.
+
+    One checkpoint holds 4-bit layers of one kind, or 8-bit ones. Scales of 8-bit layers
+    that did not come from bitsandbytes may change by one unit of float32's last place,
+    because it stores 127 times the scale.
+    """
+
+    kind = "bnb"
+    fallback = NF4(64, double=True)
+
+    def __init__(self):
+        self._kinds: set[tuple[str, bool]] = set()
+        self._dtype = "float32"
+
+    def write(self, q: QuantizedTensor, where: str) -> dict[str, np.ndarray]:
+        """The tensors of a 4-bit weight, or `weight` and `SCB` of an 8-bit one.
+
+        Raises:
+          UnsupportedError: bitsandbytes does not hold it exactly.
+        """
+        base = q.base if isinstance(q, RoundedInputs) and q.scale is None else q
+        if isinstance(q, CodebookTensor) and isinstance(q.format, NF4 | FP4):
+            kind, made = (q.format.name[:3], q.format.double), _write_four(q, where)
+        elif (
+            isinstance(base, AffineTensor)
+            and base.format.signed
+            and base.grouping.kind in ("channel", "tensor")
+        ):
+            kind, made = ("int8", False), _write_eight(base)
+        else:
+            raise UnsupportedError(
+                f"{where}: is {q!r}; bitsandbytes holds NF4, FP4 and int8 with a scale "
+                "per output"
+            )
+        self._kinds.add(kind)
+        self._dtype = q.dtype
+        if len({name for name, _ in self._kinds}) > 1:
+            raise UnsupportedError(
+                f"{where}: is {kind[0]}, other layers are not; bitsandbytes has one "
+                "kind for all"
+            )
+        return made
+
+    def settings(self, kept: Sequence[str]) -> dict[str, Any]:
+        """`quantization_config` of the layers written so far."""
+        kind = next(iter(self._kinds))[0]
+        common = {
+            "quant_method": "bitsandbytes",
+            "llm_int8_skip_modules": list(kept) or None,
+        }
+        if kind == "int8":
+            return common | {"load_in_8bit": True, "load_in_4bit": False}
+        return common | {
+            "load_in_8bit": False,
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": kind,
+            "bnb_4bit_use_double_quant": any(double for _, double in self._kinds),
+            "bnb_4bit_compute_dtype": self._dtype,
+            "bnb_4bit_quant_storage": "uint8",
+        }
+
+
+def _write_four(q: CodebookTensor, where: str) -> dict[str, np.ndarray]:
+    fmt, (rows, cols) = q.format, q.matrix
+    assert isinstance(fmt, NF4 | FP4)
+    data = np.asarray(q.codes).T.reshape(-1)
+    state = {"quant_type": fmt.name[:3], "blocksize": fmt.block}
+    state |= {"dtype": q.dtype, "shape": [cols, rows]}
+    made = {"weight": ((data << 4) | (data >> 4))[:, None]}
+    made["weight.quant_map"] = np.asarray(q.table(), np.float32)
+    nested = q.scale
+    if isinstance(nested, CodebookTensor):
+        made["weight.absmax"] = np.asarray(nested.codes).reshape(-1)
+        made["weight.nested_absmax"] = np.asarray(nested.scale, np.float32).reshape(-1)
+        made["weight.nested_quant_map"] = np.asarray(nested.table(), np.float32)
+        state |= {
+            "nested_blocksize": nested.format.block,  # pyright: ignore[reportAttributeAccessIssue]
+            "nested_dtype": "float32",
+            "nested_offset": float(np.asarray(nested.offset).reshape(())),
+        }
+    elif isinstance(nested, QuantizedTensor) or q.offset is not None:
+        raise UnsupportedError(f"{where}: has scales that bitsandbytes does not hold")
+    else:
+        absmax = np.asarray(nested).astype(np.float32)
+        made["weight.absmax"] = np.ascontiguousarray(absmax.T).reshape(-1)
+    name = f"weight.quant_state.bitsandbytes__{fmt.name[:3]}"
+    made[name] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    return made
+
+
+def _write_eight(q: AffineTensor) -> dict[str, np.ndarray]:
+    scale = np.broadcast_to(np.asarray(q.scale, np.float32), (1, q.matrix[1]))[0]
+    absmax = _times_127(scale)
+    return {
+        "weight": np.ascontiguousarray(np.asarray(q.codes).T),
+        "SCB": absmax,
+        "weight_format": np.zeros((), np.uint8),
+    }
+
+
+def _times_127(scale: np.ndarray) -> np.ndarray:
+    """Float32 `x` with `x / 127 == scale`: the shortest of several, or the nearest.
+
+    The scale that is read back is then off by one unit in its last place.
+    """
+    near = (scale.astype(np.float64) * 127).astype(np.float32)
+    bits = near.view(np.int32)[..., None] + np.array([0, -1, 1], np.int32)
+    with np.errstate(over="ignore"):
+        half = near.astype(np.float16).astype(np.float32)[..., None]
+    tries = np.concatenate([half, bits.view(np.float32)], -1)
+    good = tries / np.float32(127) == scale[..., None]
+    good[..., 1] |= ~good.any(-1)
+    return np.take_along_axis(tries, np.argmax(good, -1)[..., None], -1)[..., 0]

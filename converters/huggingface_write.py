@@ -7,7 +7,7 @@ converted one at a time, so a lazy mapping costs one tensor.
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ MAX_TOKENIZER_FILE = 256 << 20
 
 def write_checkpoint(
     directory: str | os.PathLike[str],
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
     tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
     tokenizer_files: Mapping[str, str | os.PathLike[str]] | None = None,
     *,
@@ -36,7 +36,7 @@ def write_checkpoint(
 
     Args:
       directory: Target; missing or empty, or with `overwrite` a model directory.
-      config: Content of config.json.
+      config: Content of config.json; a function is called after the last tensor.
       tensors: Names as `transformers` knows them, with their arrays.
       tokenizer_files: Name to path of further files to copy.
       shard_bytes: Start a new weight file beyond this size.
@@ -53,12 +53,11 @@ def write_checkpoint(
     shards: list[list[str]] = []
     total = 0
     with atomic_directory(directory, overwrite=overwrite) as work:
-        write_bytes(work / "config.json", encode_object(dict(config)))
         for name, source in (tokenizer_files or {}).items():
             if name != Path(name).name or name.startswith("."):
                 raise SpecError(f"{name!r} is not a plain file name")
             data = read_small(source, MAX_TOKENIZER_FILE)
-            write_bytes(work / name, data, overwrite=name == "config.json")
+            write_bytes(work / name, data)
         for shard in _grouped(tensors, shard_bytes):
             path = work / f"part-{len(shards)}.safetensors"
             for name in shard:
@@ -69,6 +68,9 @@ def write_checkpoint(
             total += sum(_nbytes(array) for array in shard.values())
         if not shards:
             raise SpecError(f"{os.fspath(directory)}: no tensors to write")
+        content = config() if callable(config) else config
+        if not (work / "config.json").exists():
+            write_bytes(work / "config.json", encode_object(dict(content)))
         _name_shards(work, shards, total)
     return digests
 

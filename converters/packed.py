@@ -3,8 +3,15 @@
 A layer of a quantized checkpoint is several tensors under one name. `PackedCheckpoint`
 shows each such layer as a tensor `NAME.weight` with the shape of the dense weight, and
 reads it as a `QuantizedTensor` `[in, out]`, packed. Everything else is passed through.
+
+Layers are read as the settings say; those that do not look like it, and all of them
+where nothing is said, as their tensors look (`qjax.converters.detect`).
 """
 
+import collections
+import json
+import logging
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -12,14 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.converters.auto_round import AutoRound
 from qjax.converters.awq import AWQ
 from qjax.converters.bitsandbytes import BitsAndBytes
 from qjax.converters.compressed_tensors import CompressedTensors
+from qjax.converters.detect import guess, stated
 from qjax.converters.gptq import GPTQ
 from qjax.converters.huggingface import Checkpoint
 from qjax.errors import FormatError, UnsupportedError
 from qjax.io.files import shown
 from qjax.tensor import QuantizedTensor
+
+_log = logging.getLogger(__name__)
 
 
 class Reader(Protocol):
@@ -48,27 +59,24 @@ class Reader(Protocol):
 
 
 READERS: dict[str, Any] = {
-    reader.kind: reader for reader in (GPTQ, AWQ, BitsAndBytes, CompressedTensors)
+    reader.kind: reader
+    for reader in (AutoRound, GPTQ, AWQ, BitsAndBytes, CompressedTensors)
 }
 """Readers by `quant_method`: called with the settings and what errors say."""
 
-SETTINGS = ("quantization_config", "compression_config")
-"""Keys of config.json under which a checkpoint says how it is quantized."""
-
-
-def settings_of(config: Mapping[str, Any]) -> Any:
-    """What config.json says of quantization, or None for a dense checkpoint."""
-    text = config.get("text_config")
-    owners = [config, *([text] if isinstance(text, Mapping) else [])]
-    found = (owner.get(key) for owner in owners for key in SETTINGS)
-    return next((settings for settings in found if settings is not None), None)
+_CACHE_SCALES = re.compile(
+    r"\.(k_scale|v_scale|k_proj\.output_scale|v_proj\.output_scale)$"
+)
 
 
 def check_parts(reader: Reader, parts: Mapping[str, Any], where: str) -> None:
     """Raises FormatError unless parts have the dtypes and ranks that a reader takes."""
     for part, leaf in parts.items():
         kind, rank = reader.parts[part]
-        fits = kind == "any" or jnp.issubdtype(leaf.dtype, getattr(jnp, kind))
+        fits = kind in ("any", np.dtype(leaf.dtype).name) or (
+            kind in ("integer", "floating")
+            and jnp.issubdtype(leaf.dtype, getattr(jnp, kind))
+        )
         if not fits or rank not in (None, len(leaf.shape)) or 0 in leaf.shape:
             what = "numbers" if kind == "any" else f"{kind} numbers"
             raise FormatError(
@@ -78,10 +86,14 @@ def check_parts(reader: Reader, parts: Mapping[str, Any], where: str) -> None:
 
 
 class PackedCheckpoint:
-    """A quantized Hugging Face checkpoint, with the methods of `Checkpoint`.
+    """A Hugging Face checkpoint, quantized or not, with the methods of `Checkpoint`.
 
     Args:
       source: the open checkpoint.
+
+    Attributes:
+      found: how layers are quantized and how that is known, one line for each kind.
+      kind: the method of most layers, None for a dense checkpoint.
 
     Raises:
       UnsupportedError: its format is not read.
@@ -91,51 +103,92 @@ class PackedCheckpoint:
     def __init__(self, source: Checkpoint):
         self.directory, self.config = source.directory, source.config
         self._source, self.where = source, shown(source.directory)
-        settings = settings_of(source.config)
-        if not isinstance(settings, Mapping):
-            raise FormatError(
-                f"{self.where}: quantization_config is {settings!r}, expected an object"
+        self._made: dict[str, Reader] = {}
+        self._readers: dict[str, Reader] = {}
+        self._layers: dict[str, dict[str, str]] = {}
+        self.found: tuple[str, ...] = ()
+        left = set(source.names())
+        said = stated(source)
+        if said is not None and said.kind is not None:
+            if said.kind not in READERS:
+                raise UnsupportedError(
+                    f"{self.where}: is quantized with {said.kind!r}, which is not "
+                    f"read; expected a dense checkpoint or one of {', '.join(READERS)}"
+                )
+            reader = self._reader(said.kind, said.settings)
+            for start in self._starts(reader, left):
+                left -= self._add(start, reader, left)
+            self._note(f"as {said.source} says")
+        explained = set(self._layers)
+        guessed = guess(READERS, left, self._header, source.read)
+        for start, (kind, settings) in guessed.items():
+            left -= self._add(start, self._reader(kind, settings), left)
+        inferred = self._layers.keys() - explained
+        if inferred:
+            self._note("as their tensors look", inferred)
+            _log.warning(
+                "%s: %s %d layers are read as their tensors look: %s",
+                self.where,
+                "config.json does not explain how" if said else "nothing says how",
+                len(inferred),
+                "; ".join(self.found[1 if explained else 0 :]),
             )
-        kind = settings.get("quant_method")
-        if not isinstance(kind, str) or kind not in READERS:
-            raise UnsupportedError(
-                f"{self.where}: is quantized with {kind!r}, which is not read; "
-                f"expected a dense checkpoint or one of {', '.join(READERS)}"
+        caches = sorted(name for name in left if _CACHE_SCALES.search(name))
+        if caches:
+            left -= set(caches)
+            _log.warning(
+                "%s: static scales of the key and value cache are not used, for "
+                "example %s (%d in all); the cache finds its own scales",
+                self.where,
+                caches[0],
+                len(caches),
             )
-        self.kind = kind
-        self._reader: Reader = READERS[kind](settings, self.where)
-        self._layers = self._find(set(source.names()))
-        parts = {name for parts in self._layers.values() for name in parts.values()}
-        self._names = [name for name in source.names() if name not in parts]
+        self._names = [name for name in source.names() if name in left]
         self._names += self._layers
         self._shapes = {name: self._shape(name) for name in self._layers}
+        kinds = collections.Counter(r.kind for r in self._readers.values())
+        self.kind = kinds.most_common(1)[0][0] if kinds else None
 
-    def _find(self, names: set[str]) -> dict[str, dict[str, str]]:
-        """Tensors of each quantized weight by part."""
-        found: dict[str, dict[str, str]] = {}
-        for mark in self._reader.marks:
-            ends = [n for n in sorted(names) if n.endswith(f".{mark}")]
-            for start in (name.removesuffix(f".{mark}") for name in ends):
-                parts = {p: f"{start}.{p}" for p in self._reader.parts}
-                found[f"{start}.weight"] = {
-                    p: n for p, n in parts.items() if n in names
-                }
-        return found
+    def _reader(self, kind: str, settings: Mapping[str, Any]) -> Reader:
+        key = kind + json.dumps(settings, sort_keys=True, default=str)
+        if key not in self._made:
+            self._made[key] = READERS[kind](settings, self.where)
+        return self._made[key]
+
+    def _starts(self, reader: Reader, names: set[str]) -> list[str]:
+        """Names of the layers that have a part every quantized layer has."""
+        ends = tuple(f".{mark}" for mark in reader.marks)
+        found = (name for name in names if name.endswith(ends))
+        starts = {n.removesuffix(e) for n in found for e in ends if n.endswith(e)}
+        return sorted(starts)
+
+    def _add(self, start: str, reader: Reader, names: set[str]) -> set[str]:
+        """Notes the tensors of a layer, and returns them."""
+        parts = {p: f"{start}.{p}" for p in reader.parts if f"{start}.{p}" in names}
+        self._layers[f"{start}.weight"] = parts
+        self._readers[f"{start}.weight"] = reader
+        return set(parts.values())
+
+    def _note(self, how: str, names: Any = None) -> None:
+        names = self._layers if names is None else names
+        kinds = collections.Counter(self._readers[name].kind for name in names)
+        for kind, count in kinds.most_common():
+            first = next(n for n in sorted(names) if self._readers[n].kind == kind)
+            parts = ", ".join(self._layers[first])
+            self.found += (f"{count} layers {kind} ({parts}), {how}",)
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        names = self._layers[name]
+        names, reader = self._layers[name], self._readers[name]
         parts: dict[str, Any] = {p: self._header(n) for p, n in names.items()}
-        check_parts(
-            self._reader, parts, f"{self.where}: {name.removesuffix('.weight')}"
-        )
-        for part in set(names) & set(self._reader.stated):
+        check_parts(reader, parts, f"{self.where}: {name.removesuffix('.weight')}")
+        for part in set(names) & set(reader.stated):
             parts[part] = self._source.read(names[part])
         try:
-            return self._reader.shape(parts)
-        except (KeyError, ValueError) as error:
+            return reader.shape(parts)
+        except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
             raise FormatError(
                 f"{self.where}: {name}: parts {sorted(parts)} are not those of a "
-                f"{self.kind} layer ({error})"
+                f"{reader.kind} layer ({error})"
             ) from None
 
     def _header(self, name: str) -> jax.ShapeDtypeStruct:
@@ -166,7 +219,7 @@ class PackedCheckpoint:
         parts = {p: self._source.read(n) for p, n in self._layers[name].items()}
         where = f"{self.where}: {name.removesuffix('.weight')}"
         try:
-            return self._reader.read(parts, where)
+            return self._readers[name].read(parts, where)
         except KeyError as error:
             raise FormatError(f"{where}: has no tensor {error.args[0]!r}") from None
 

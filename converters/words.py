@@ -50,6 +50,48 @@ def codes_of(data: np.ndarray, bits: int, count: int) -> np.ndarray:
     return np.asarray(np.sum(planes * weights, axis=1, dtype=np.uint8))
 
 
+def words_of(codes: np.ndarray, bits: int) -> np.ndarray:
+    """int32 words of a little-endian bit string along the first axis.
+
+    Args:
+      codes: uint8 `[n, cols]` below `2**bits`.
+      bits: code width, 1 to 8.
+
+    Returns:
+      int32 `[ceil(n * bits / 32), cols]`; bits behind the last code are 0.
+    """
+    cols = codes.shape[1]
+    if 8 % bits == 0:
+        made = repacked(codes, bits)
+    else:
+        fields = codes[:, None] >> np.arange(bits, dtype=np.uint8)[:, None] & 1
+        made = np.packbits(fields.reshape(-1, cols), axis=0, bitorder="little")
+    made = np.pad(made, [(0, -len(made) % 4), (0, 0)])
+    words = np.ascontiguousarray(made.reshape(-1, 4, cols).transpose(0, 2, 1))
+    return words.view("<i4")[..., 0].astype(np.int32, copy=False)
+
+
+def planar_codes(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Codes of GPTQ's planar words: fields of 4, 2 and 1 bits, each a bit string.
+
+    Args:
+      words: int32 `[n / 32 * bits, cols]`.
+      bits: 3, 5, 6 or 7.
+      count: number of codes.
+
+    Returns:
+      uint8 `[count, cols]`.
+    """
+    blocks = words.reshape(-1, bits, words.shape[1])
+    made = np.zeros((len(blocks) * 32, words.shape[1]), np.uint8)
+    done = 0
+    for width in (w for w in (4, 2, 1) if bits & w):
+        plane = blocks[:, done : done + width].reshape(-1, words.shape[1])
+        made |= codes_of(stream(plane), width, len(made)) << np.uint8(done)
+        done += width
+    return made[:count]
+
+
 def packed_codes(data: np.ndarray, bits: int, count: int) -> np.ndarray:
     """The same codes as `qjax.packing` packs them, `[packed_rows(count), cols]`."""
     if 8 % bits == 0:

@@ -26,7 +26,7 @@ from qjax.converters.huggingface import (
     Checkpoint,
     open_checkpoint,
 )
-from qjax.converters.packed import PackedCheckpoint, settings_of
+from qjax.converters.packed import PackedCheckpoint
 from qjax.converters.shards import contained
 from qjax.errors import FormatError, SpecError, UnsupportedError
 from qjax.io.files import shown
@@ -48,18 +48,17 @@ def dense_parts(source: Checkpoint) -> Iterator[tuple[int | None, dict[str, Any]
       UnsupportedError: the checkpoint is quantized already.
       FormatError: tensors are missing, unexpected, of the wrong shape or not floats.
     """
-    settings = settings_of(source.config)
-    if settings is not None:
-        kind = settings.get("quant_method") if isinstance(settings, dict) else None
+    packed = PackedCheckpoint(source)
+    if packed.kind is not None:
         raise UnsupportedError(
-            f"{shown(source.directory)}: is already quantized "
-            f"({kind or 'quantization_config'}); expected a dense checkpoint"
+            f"{shown(source.directory)}: is already quantized ({packed.kind}); "
+            "expected a dense checkpoint"
         )
-    yield from _parts(source)
+    yield from _parts(packed)
 
 
 def checkpoint_parts(
-    source: Checkpoint,
+    source: Checkpoint | PackedCheckpoint,
 ) -> Iterator[tuple[int | None, dict[str, Any]]]:
     """Parameters of any checkpoint, part by part; quantized weights stay packed.
 
@@ -67,11 +66,13 @@ def checkpoint_parts(
       UnsupportedError: it is quantized in a format that is not read.
       FormatError: see `dense_parts`; or packed tensors do not fit their format.
     """
-    packed = settings_of(source.config) is not None
-    yield from _parts(PackedCheckpoint(source) if packed else source)
+    packed = (
+        source if isinstance(source, PackedCheckpoint) else PackedCheckpoint(source)
+    )
+    yield from _parts(packed)
 
 
-def _parts(source: Checkpoint | PackedCheckpoint):
+def _parts(source: PackedCheckpoint):
     from qjax.models import ModelConfig, match, read_parts
 
     config = ModelConfig.from_hf(source.config)

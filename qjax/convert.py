@@ -1,30 +1,52 @@
-"""Writing a model in another container: the qjax artifact or dense safetensors.
+"""Writing a model in another container: qjax, dense safetensors, or another library's.
 
 Works part by part, so memory is one layer. Packed weights are only ever expanded when
-a dense format is asked for; going to the artifact keeps dense weights exactly as they
-are.
+a dense format is asked for. Going to the format of another library moves the codes
+themselves: what that format cannot hold exactly is refused, or, when asked for, rounded
+again and reported.
 """
 
+import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from qjax.artifact import Artifact, is_artifact
 from qjax.checkpoint import Assets, checkpoint_parts, write_artifact
+from qjax.converters.detect import SETTINGS
 from qjax.converters.huggingface import (
     TOKENIZER_FILES,
     open_checkpoint,
     write_checkpoint,
 )
-from qjax.converters.packed import SETTINGS, settings_of
-from qjax.errors import SpecError
+from qjax.converters.packed import PackedCheckpoint
+from qjax.converters.packed_write import EMBEDDINGS, WRITERS, Writer
+from qjax.errors import SpecError, UnsupportedError
+from qjax.methods import quantize
 from qjax.quantize import quantize_checkpoint
 from qjax.recipes import Recipe
 from qjax.tensor import QuantizedTensor
 
-FORMATS = ("qjax", "safetensors")
+FORMATS = ("qjax", "safetensors", *WRITERS)
+
+
+@dataclasses.dataclass
+class Converted:
+    """What became of the weights.
+
+    Attributes:
+      exact: weights whose codes were moved as they are.
+      rounded: weights that were rounded again, and why.
+      dense: quantized weights that were written dense.
+      kept: linear layers that were dense already.
+    """
+
+    exact: list[str] = dataclasses.field(default_factory=list)
+    rounded: dict[str, str] = dataclasses.field(default_factory=dict)
+    dense: list[str] = dataclasses.field(default_factory=list)
+    kept: list[str] = dataclasses.field(default_factory=list)
 
 
 def convert(
@@ -34,70 +56,153 @@ def convert(
     *,
     revision: str | None = None,
     overwrite: bool = False,
-) -> None:
+    requantize: bool = False,
+) -> Converted:
     """Writes `source` as `fmt`.
 
     Args:
       source: qjax artifact, Hugging Face directory or Hub id.
       target: directory to write; missing or empty, or with `overwrite` a model.
       fmt: `qjax` (a checkpoint becomes an artifact, bit for bit; weights of a quantized
-        one stay packed) or `safetensors` (a dense Hugging Face directory that
+        one stay packed), `safetensors` (a dense Hugging Face directory that
         transformers loads; quantized weights are dequantized to the dtype of the
-        original).
+        original), or the format of another library: `gptq`, `gptq_v2`, `awq`, `bnb`,
+        `hqq`, `compressed-tensors`, `quanto`, `mlx` (a Hugging Face directory whose
+        codes are those of the source).
       revision: of a Hub id.
       overwrite: replace an existing model directory.
+      requantize: round weights again that the format of another library cannot hold
+        exactly, rather than refuse them.
+
+    Returns:
+      What became of the weights.
 
     Raises:
       SpecError: unknown format, or the source is in that format already.
-      FormatError, IntegrityError, UnsupportedError: the source cannot be read.
+      UnsupportedError: a weight does not fit the format, or the source is not read.
+      FormatError, IntegrityError: the source is damaged.
     """
     if fmt not in FORMATS:
         raise SpecError(f"format {fmt!r}: expected one of {', '.join(FORMATS)}")
+    report = Converted()
     if is_artifact(source):
         if fmt == "qjax":
             raise SpecError(f"{os.fspath(source)}: is a qjax artifact already")
         artifact = Artifact(source)
         copied = {n: p for n, p in artifact.files.items() if n in TOKENIZER_FILES}
         parts = (part for _, part in artifact.parts())
-        _write_dense(target, artifact.config, parts, copied, overwrite)
-        return
+        config = artifact.config
+        _write(target, config, parts, copied, fmt, overwrite, requantize, report)
+        return report
     with open_checkpoint(source, revision) as checkpoint:
-        if fmt == "safetensors":
-            parts = (part for _, part in checkpoint_parts(checkpoint))
+        packed = PackedCheckpoint(checkpoint)
+        if fmt != "qjax":
+            parts = (part for _, part in checkpoint_parts(packed))
             files = checkpoint.tokenizer_files
-            _write_dense(target, checkpoint.config, parts, files, overwrite)
-            return
-        if settings_of(checkpoint.config) is not None:
-            parts = checkpoint_parts(checkpoint)
+            config = checkpoint.config
+            _write(target, config, parts, files, fmt, overwrite, requantize, report)
+            return report
+        if packed.kind is not None:
             assets = Assets(str(checkpoint.directory))
+            parts = checkpoint_parts(packed)
             write_artifact(target, parts, assets, overwrite=overwrite)
-            return
+            return report
     quantize_checkpoint(
         source, target, Recipe((), "dense"), revision=revision, overwrite=overwrite
     )
+    return report
 
 
-def _write_dense(target, config, parts, files, overwrite: bool) -> None:
-    """A dense Hugging Face directory, whose config.json says nothing of packing."""
-    plain = {k: v for k, v in config.items() if k not in SETTINGS}
-    tensors = _hf_tensors(plain, parts)
-    write_checkpoint(target, plain, tensors, files, overwrite=overwrite)
+def _write(
+    target, config, parts, files, fmt, overwrite, requantize, report: Converted
+) -> None:
+    """A Hugging Face directory, whose config.json says how it is packed, if it is."""
+    plain = {k: v for k, v in config.items() if k not in (*SETTINGS, "quantization")}
+    content: Any = plain
+    if fmt == "safetensors":
+        tensors = _tensors(plain, parts, lambda *_: None, report)
+    else:
+        writer = WRITERS[fmt]()
+        where = os.fspath(target)
+        pack = _packer(writer, where, fmt in EMBEDDINGS, requantize)
+        tensors = _tensors(plain, parts, pack, report)
+
+        def content() -> Mapping[str, Any]:
+            if not report.exact and not report.rounded:
+                raise SpecError(
+                    f"{where}: the source has no quantized weights; quantize it first "
+                    "(qjax quantize), or convert it to safetensors"
+                )
+            return plain | {"quantization_config": writer.settings(report.kept)}
+
+    write_checkpoint(target, content, tensors, files, overwrite=overwrite)
 
 
-def _hf_tensors(
-    config: dict[str, Any], parts: Iterator[dict[str, Any]]
+def _tensors(
+    config: dict[str, Any],
+    parts: Iterator[dict[str, Any]],
+    pack: Callable[..., Mapping[str, np.ndarray] | None],
+    report: Converted,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and dense array of every Hugging Face tensor, one part in memory."""
+    """Name and array of every tensor of the directory, one part in memory.
+
+    Args:
+      config: config.json.
+      parts: parameters by path.
+      pack: gives the tensors of a quantized layer; None to write it dense.
+      report: is filled.
+    """
     from qjax.models import ModelConfig, plan
 
     entries = plan(ModelConfig.from_hf(config))
     for part in parts:
-        dense = {
-            path: np.asarray(leaf.dequantize())
-            if isinstance(leaf, QuantizedTensor)
-            else np.asarray(leaf)
-            for path, leaf in part.items()
-        }
         for entry in entries:
-            if all(path in dense for path in entry.paths):
-                yield entry.name, entry.write(dense)
+            if not all(path in part for path in entry.paths):
+                continue
+            packed = [isinstance(part[path], QuantizedTensor) for path in entry.paths]
+            layer = entry.name.removesuffix(".weight")
+            made = None
+            if all(packed):
+                made = pack(entry, part, report)
+            if made is not None:
+                yield from ((f"{layer}.{name}", leaf) for name, leaf in made.items())
+                continue
+            if any(packed):
+                report.dense.append(layer)
+            elif entry.kind.transposed and len(entry.shape) == 2:
+                report.kept.append(layer)
+            dense = {path: _dense(part[path]) for path in entry.paths}
+            yield entry.name, entry.write(dense)
+
+
+def _dense(leaf: Any) -> np.ndarray:
+    return np.asarray(leaf.dequantize() if isinstance(leaf, QuantizedTensor) else leaf)
+
+
+def _packer(writer: Writer, where: str, embeddings: bool, requantize: bool):
+    """A function that packs one layer; None where its format keeps it dense."""
+
+    def pack(entry: Any, part: Mapping[str, Any], report: Converted):
+        layer = entry.name.removesuffix(".weight")
+        name = f"{where}: {layer}"
+        try:
+            if entry.embedding and not embeddings:
+                raise UnsupportedError(f"{name}: this format keeps embeddings dense")
+            made = writer.write(entry.write_packed(part), name)
+            report.exact.append(layer)
+            return made
+        except UnsupportedError as error:
+            if not requantize:
+                raise UnsupportedError(
+                    f"{error}. --requantize (requantize=True) rounds such weights "
+                    "again, and writes embeddings dense"
+                ) from None
+            if entry.embedding and not embeddings:
+                return None
+            report.rounded[layer] = str(error)
+        dense = entry.write({path: _dense(part[path]) for path in entry.paths})
+        kernel = dense if not entry.kind.transposed else dense.T
+        kernel = dense.T if entry.embedding else kernel
+        return writer.write(quantize(kernel, writer.fallback), name)
+
+    return pack

@@ -10,7 +10,7 @@ import numpy as np
 from qjax.artifact import Artifact, is_artifact, tensor_report
 from qjax.checkpoint import checkpoint_parts
 from qjax.converters.huggingface import open_checkpoint
-from qjax.converters.packed import settings_of
+from qjax.converters.packed import PackedCheckpoint
 from qjax.ops import explain
 from qjax.tensor import QuantizedTensor
 
@@ -27,11 +27,12 @@ def inspect(
       revision: of a Hub id.
 
     Returns:
-      `format, architecture, parameters, bits_per_weight, size_bytes, recipe, formats,
-      matmul, tensors`, each tensor with `name, shape, format, bits_per_weight, nbytes`,
-      sizes in bytes; `recipe` is what config.json calls the method of a quantized
-      directory, `formats` counts tensors by format, `matmul` says by packed format
-      what multiplies one row of activations on this machine (`qjax.ops.explain`).
+      `format, architecture, parameters, bits_per_weight, size_bytes, recipe, found,
+      formats, matmul, tensors`, each tensor with `name, shape, format, bits_per_weight,
+      nbytes`, sizes in bytes; `recipe` is the method of a quantized directory, `found`
+      how its layers are quantized and how that is known, `formats` counts tensors by
+      format, `matmul` says by packed format what multiplies one row of activations on
+      this machine (`qjax.ops.explain`).
 
     Raises:
       SpecError: no such model.
@@ -39,6 +40,7 @@ def inspect(
     """
     tensors: list[dict[str, Any]] = []
     runs: dict[str, str] = {}
+    found: tuple[str, ...] = ()
 
     def add(parts: Iterable[tuple[Any, dict[str, Any]]]) -> None:
         for _, part in parts:
@@ -55,8 +57,9 @@ def inspect(
     else:
         with open_checkpoint(source, revision) as checkpoint:
             kind, config = "huggingface", checkpoint.config
-            add(checkpoint_parts(checkpoint))
-            recipe = (settings_of(config) or {}).get("quant_method")
+            packed = PackedCheckpoint(checkpoint)
+            add(checkpoint_parts(packed))
+            recipe, found = packed.kind, packed.found
     size = sum(t["nbytes"] for t in tensors)
     parameters = sum(int(np.prod(t["shape"], dtype=np.int64)) for t in tensors)
     return {
@@ -66,6 +69,7 @@ def inspect(
         "bits_per_weight": 8 * size / max(parameters, 1),
         "size_bytes": size,
         "recipe": recipe,
+        "found": list(found),
         "formats": dict(collections.Counter(t["format"] for t in tensors)),
         "matmul": runs,
         "tensors": tensors,

@@ -1,4 +1,4 @@
-"""`qjax convert MODEL --to OUT --format qjax|safetensors`."""
+"""`qjax convert MODEL --to OUT --format qjax|safetensors|gptq|...`."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from qjax.cli.output import Output
-from qjax.convert import convert
+from qjax.convert import FORMATS, convert
 from qjax.inspection import inspect
 from qjax.tensor import format_bytes
 
@@ -19,8 +19,10 @@ class Convert:
     """qjax artifact, Hugging Face directory or Hub id."""
     to: Annotated[str, tyro.conf.arg(metavar="OUT")]
     """Directory to write."""
-    format: Literal["qjax", "safetensors"] = "safetensors"
-    """qjax artifact, or dense safetensors that transformers loads."""
+    format: Literal[FORMATS] = "safetensors"  # pyright: ignore[reportInvalidTypeForm]
+    """qjax artifact, dense safetensors, or the format of another library."""
+    requantize: bool = False
+    """Round weights again that the format cannot hold exactly, rather than refuse."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     force: bool = False
@@ -31,16 +33,21 @@ class Convert:
 
     def run(self) -> None:
         """Converts, then prints what was written."""
-        convert(
+        done = convert(
             self.model,
             self.to,
             self.format,
             revision=self.revision,
             overwrite=self.force,
+            requantize=self.requantize,
         )
         found = inspect(self.to)
         self.output.console.print(
             f"{self.to}: {self.format}, {found['parameters']:,} parameters, "
             f"{format_bytes(found['size_bytes'])}"
         )
-        self.output.results({"to": self.to, **found})
+        for layer, why in done.rounded.items():
+            self.output.console.print(f"rounded again: {layer}: {why}")
+        for layer in done.dense:
+            self.output.console.print(f"written dense: {layer}")
+        self.output.results({"to": self.to, **found, **dataclasses.asdict(done)})

@@ -39,6 +39,8 @@ class Inspect:
             f"{found['bits_per_weight']:.3f} bits/weight, "
             f"{format_bytes(found['size_bytes'])}"
         )
+        for line in found["found"]:
+            console.print(line)
         for fmt, how in found["matmul"].items():
             console.print(f"{fmt}: {how}")
         self.output.results(found)

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from qjax.models.columns import columns
+from qjax.models.columns import columns, joined
 from qjax.models.config import ModelConfig
 from qjax.models.layouts import LAYOUTS, Kind
 from qjax.tensor import QuantizedTensor
+from qjax.wrappers import Transposed
 
 HEAD = "head.kernel"
 EMBEDDING = "embed.embedding"
@@ -46,6 +47,11 @@ class Entry:
     optional: bool = False
     aliases: tuple[str, ...] = ()
 
+    @property
+    def embedding(self) -> bool:
+        """Whether it is the table of embeddings, `[vocab, dim]`."""
+        return self.paths == (EMBEDDING,)
+
     def read(self, tensor: Any) -> dict[str, Any]:
         """Returns the parameters that `tensor` holds, by path.
 
@@ -59,6 +65,8 @@ class Entry:
         return self._split(whole)
 
     def _read_packed(self, tensor: QuantizedTensor) -> dict[str, Any]:
+        if self.embedding:
+            return {EMBEDDING: Transposed(tensor)}
         if len(self.paths) == 1:
             return {self.paths[0]: tensor}
         numbers = np.arange(tensor.matrix[1])
@@ -83,15 +91,36 @@ class Entry:
             pieces = np.split(whole, ends, axis=-1)
         return dict(zip(self.paths, pieces, strict=True))
 
+    def write_packed(self, params: Mapping[str, Any]) -> QuantizedTensor:
+        """Returns the quantized tensor `[in, out]` made of the parameters.
+
+        Raises:
+          UnsupportedError: the parameters are not quantized alike.
+        """
+        pieces = [params[path] for path in self.paths]
+        if len(pieces) == 1:
+            q = pieces[0]
+            return q.base if self.embedding and isinstance(q, Transposed) else q
+        whole = joined(pieces)
+        ends = np.cumsum([0, *(q.matrix[1] for q in pieces)])
+        places = {
+            path: np.arange(a, b)
+            for path, a, b in zip(self.paths, ends, ends[1:], strict=False)
+        }
+        return columns(whole, self._merged(places)) if self.kind.interleaved else whole
+
     def write(self, params: Mapping[str, Any]) -> np.ndarray:
         """Returns the checkpoint tensor made of the parameters; inverse of `read`."""
+        whole = self._merged(params)
+        return np.ascontiguousarray(whole.T if self.kind.transposed else whole)
+
+    def _merged(self, params: Mapping[str, Any]) -> np.ndarray:
+        """Inverse of `_split`."""
         pieces = [np.asarray(params[path]) for path in self.paths]
         if self.kind.interleaved:
             apart = [p.reshape(*p.shape[:-1], self.heads, -1) for p in pieces]
-            whole = np.stack(apart, axis=-2).reshape(*pieces[0].shape[:-1], -1)
-        else:
-            whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-1)
-        return np.ascontiguousarray(whole.T if self.kind.transposed else whole)
+            return np.stack(apart, axis=-2).reshape(*pieces[0].shape[:-1], -1)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-1)
 
 
 def plan(config: ModelConfig) -> tuple[Entry, ...]:

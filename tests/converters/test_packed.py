@@ -196,9 +196,11 @@ def test_parts_that_do_not_fit(change, message):
 @pytest.mark.parametrize(
     ("reader", "config", "message"),
     [
-        (GPTQ, {"bits": 4, "checkpoint_format": "marlin"}, "layout 'marlin' is not"),
-        (GPTQ, {"bits": 5}, "bits is 5, expected 2, 3, 4 or 8"),
-        (AWQ, {"bits": 4, "version": "gemv"}, "version 'gemv' with 4 bits"),
+        (GPTQ, {"bits": 4, "checkpoint_format": "bitblas"}, "'bitblas' is not read"),
+        (GPTQ, {"bits": 4, "pack_dtype": "int16"}, "words of 'int16' are not read"),
+        (GPTQ, {"bits": 9}, "bits is 9, expected 2, 3, 4, 5, 6, 7 or 8"),
+        (AWQ, {"bits": 4, "version": "x"}, "version 'x' with 4 bits"),
+        (AWQ, {"bits": 8}, "version 'gemm' with 8 bits"),
         (CompressedTensors, {}, "no config_groups"),
         (CompressedTensors, {"format": "sparse", "config_groups": {"a": {}}}, "sparse"),
     ],

@@ -118,6 +118,70 @@ def test_logits_and_bytes(pair, tmp_path):
     assert report["matmul"][name]
 
 
+def tensors_of(directory) -> dict[str, np.ndarray]:
+    with open_checkpoint(directory) as source:
+        return {name: np.array(source.read(name)) for name in source.names()}
+
+
+def test_rewriting_and_formats_of_others(pair, tmp_path):
+    kind = pair[0].parent.name[:-1]
+    start, want = tensors_of(pair[0]), tensors_of(pair[1])
+    if kind in ("gptq", "awq"):
+        done = qjax.convert(pair[0], tmp_path / "same", kind)
+        made = tensors_of(tmp_path / "same")
+        assert made.keys() == start.keys() and not done.rounded
+        for name, leaf in start.items():
+            np.testing.assert_array_equal(made[name], leaf)
+        assert not done.dense and done.exact and "lm_head" not in done.exact
+        config = json.loads((tmp_path / "same" / "config.json").read_text("utf-8"))
+        found = config["quantization_config"]
+        assert SETTINGS[kind].items() <= found.items()
+    other = tmp_path / "other"
+    if kind == "gptq":
+        with pytest.raises(UnsupportedError, match=r"layers.0.*holds.*--requantize"):
+            qjax.convert(pair[0], other, "awq")
+        assert not other.exists()
+        done = qjax.convert(pair[0], other, "awq", requantize=True)
+        assert len(done.rounded) == len(done.exact) + len(done.rounded) > 0
+        qjax.convert(pair[0], other, "gptq_v2", overwrite=True)
+    else:
+        out = ["convert", str(pair[0]), "--to", str(other), "--format", "gptq_v2"]
+        main([*out, "--json", str(tmp_path / "report.json")])
+        report = json.loads((tmp_path / "report.json").read_text("utf-8"))
+        assert len(report["exact"]) == report["formats"][report["tensors"][2]["format"]]
+    qjax.convert(other, tmp_path / "dense", "safetensors")
+    for name, leaf in tensors_of(tmp_path / "dense").items():
+        np.testing.assert_array_equal(leaf, want[name].astype(leaf.dtype))
+
+
+def test_layers_are_found_without_settings(pair, tmp_path, caplog):
+    copy = shutil.copytree(pair[0], tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text("utf-8"))
+    settings = config.pop("quantization_config")
+    (copy / "config.json").write_text(json.dumps(config), "utf-8")
+    kind = settings["quant_method"]
+    want = tensors_of(pair[1])
+    params = qjax.load(copy)[0].params()
+    assert "nothing says how" in caplog.text and kind in caplog.text
+    assert "as their tensors look" in qjax.inspect(copy)["found"][0]
+    got = params["layers.0.mlp.down.kernel"].dequantize("float32")
+    name = "model.layers.0.mlp.down_proj.weight"
+    np.testing.assert_array_equal(np.asarray(got).T, want[name])
+
+    side = {"gptq": "quantize_config.json", "awq": "quant_config.json"}.get(kind)
+    if side is not None:
+        del settings["quant_method"]
+        (copy / side).write_text(json.dumps(settings), "utf-8")
+        assert side in qjax.inspect(copy)["found"][0]
+
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}  # it is not
+    (copy / "config.json").write_text(json.dumps(config), "utf-8")
+    caplog.clear()
+    report = qjax.inspect(copy)
+    assert report["recipe"] == kind
+    assert "config.json does not explain how" in caplog.text
+
+
 def test_a_packed_checkpoint_is_not_quantized_again(pair, tmp_path):
     with pytest.raises(UnsupportedError, match="already quantized"):
         qjax.quantize_checkpoint(pair[0], tmp_path / "out", "int4-g64")
