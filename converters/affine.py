@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from qjax.converters.words import codes_of, group_order, packed_codes, repacked
+from qjax.converters.words import group_order, packed_codes, reordered, repacked
 from qjax.errors import FormatError, UnsupportedError
 from qjax.formats import Int
 from qjax.tensor import AffineTensor, QuantizedTensor, load_scale, load_zero
@@ -81,9 +81,10 @@ def affine(
     order = None
     if index is not None and groups > 1:
         order = group_order(np.asarray(index), size, where)
-    if unpacked or order is not None:
-        codes = data if unpacked else codes_of(data, bits, rows)
-        codes = repacked(codes if order is None else codes[order], bits)
+    if unpacked:
+        codes = repacked(data if order is None else data[order], bits)
+    elif order is not None:
+        codes = reordered(data, bits, order)
     else:
         codes = packed_codes(data, bits, rows)
     if bits == 8 and symmetric:

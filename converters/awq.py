@@ -25,7 +25,7 @@ import numpy as np
 from qjax.converters.affine import affine, group_of, integers, zero_of_bias
 from qjax.converters.gptq import check_integers
 from qjax.converters.overrides import layer_name
-from qjax.converters.words import codes_of, stream, words_of
+from qjax.converters.words import codes_of, stream, transposed, words_of
 from qjax.errors import FormatError, UnsupportedError
 from qjax.formats import Int
 from qjax.tensor import QuantizedTensor
@@ -72,7 +72,7 @@ class AWQ:
             data = _rows(parts["qweight"].view(np.uint32))
             zeros = _columns(parts["qzeros"])
         elif self.version == "gemv":
-            data = stream(parts["qweight"].T)
+            data = stream(transposed(parts["qweight"]))
             words = parts["qzeros"]
             zeros = codes_of(stream(words.T), 4, words.shape[1] * 8)
             scales = np.ascontiguousarray(scales.T)

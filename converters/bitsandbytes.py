@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from qjax.converters.words import transposed
 from qjax.errors import FormatError, UnsupportedError
 from qjax.formats import FP4, NF4, Int
 from qjax.formats.codebook import Dynamic8
@@ -92,10 +93,10 @@ def _four(parts: Mapping[str, np.ndarray], where: str) -> QuantizedTensor:
     def placed(values: np.ndarray) -> np.ndarray:
         if flat:
             return values.reshape(-1, 1)
-        return np.ascontiguousarray(values.reshape(scale[::-1]).T)
+        return transposed(values.reshape(scale[::-1]))
 
     swapped = (data >> 4) | (data << 4)
-    codes = swapped.reshape(-1, 1) if flat else swapped.reshape(cols, -1).T
+    codes = swapped[:, None] if flat else transposed(swapped.reshape(cols, -1))
     if not double:
         stored: Any = placed(absmax.astype(np.float32, copy=False))
     else:
@@ -132,7 +133,7 @@ def _table(stored: np.ndarray, usual: np.ndarray, where: str) -> np.ndarray | No
 
 
 def _eight(parts: Mapping[str, np.ndarray], where: str) -> QuantizedTensor:
-    codes, absmax = parts["weight"].T, parts["SCB"].reshape(-1)
+    codes, absmax = transposed(parts["weight"]), parts["SCB"].reshape(-1)
     layout = parts.get("weight_format")
     if layout is not None and int(np.asarray(layout).reshape(-1)[0]) != 0:
         raise UnsupportedError(

@@ -5,6 +5,10 @@ bits `k b .. k b + b - 1`, words filled from bit 0. For 1, 2, 4 and 8 bits that 
 order of `qjax.packing`, so bytes are only re-labelled; other widths are re-packed.
 """
 
+import functools
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -44,10 +48,43 @@ def codes_of(data: np.ndarray, bits: int, count: int) -> np.ndarray:
         shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
         fields = (data[:, None] >> shifts) & np.uint8(2**bits - 1)
         return fields.reshape(-1, data.shape[1])[:count]
-    flat = np.unpackbits(data, axis=0, count=count * bits, bitorder="little")
-    planes = flat.reshape(count, bits, -1)
-    weights = (1 << np.arange(bits, dtype=np.uint8))[:, None]
-    return np.asarray(np.sum(planes * weights, axis=1, dtype=np.uint8))
+    return _fields(_blocks(data, bits, count), bits, np)[:count]
+
+
+def _blocks(data: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The bytes of `count` codes, filled up to whole blocks of 8 codes."""
+    rows = -(-count // 8) * bits
+    return np.pad(data[:rows], [(0, max(rows - len(data), 0)), (0, 0)])
+
+
+def _fields(data: Any, bits: int, xp: Any) -> Any:
+    """Codes of a bit string in blocks of 8, which are `bits` bytes; NumPy or JAX."""
+    blocks = data.reshape(-1, bits, data.shape[1])
+    fields = []
+    for k in range(8):
+        at, skip = divmod(k * bits, 8)
+        field = blocks[:, at] >> np.uint8(skip)
+        if skip + bits > 8:
+            field = field | (blocks[:, at + 1] << np.uint8(8 - skip))
+        fields.append(field & np.uint8(2**bits - 1))
+    return xp.stack(fields, 1).reshape(-1, data.shape[1])
+
+
+_packed = jax.jit(pack, static_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _repacked(data: Any, bits: int, count: int) -> Any:
+    return pack(_fields(data, bits, jnp)[:count], bits)
+
+
+def transposed(array: np.ndarray) -> np.ndarray:
+    """`array.T`, contiguous: in strips, which is several times faster than at once."""
+    raw = array.view(f"u{array.dtype.itemsize}")  # float8 copies value by value
+    made = np.empty(array.shape[::-1], raw.dtype)
+    for i in range(0, len(array), 16):
+        made[:, i : i + 16] = raw[i : i + 16].T
+    return made.view(array.dtype)
 
 
 def words_of(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -102,12 +139,26 @@ def packed_codes(data: np.ndarray, bits: int, count: int) -> np.ndarray:
         made = made.copy()  # bits behind the last code need not be zero
         made[-1] &= np.uint8(2 ** (8 - spare * bits) - 1)
         return made
-    return repacked(codes_of(data, bits, count), bits)
+    return np.asarray(_repacked(_blocks(data, bits, count), bits, count))
+
+
+def reordered(data: np.ndarray, bits: int, order: np.ndarray) -> np.ndarray:
+    """The codes at `order` of a bit string, packed as `qjax.packing` packs them."""
+    per, spare = 8 // bits, -len(order) % (8 // bits)
+    if 8 % bits or spare:
+        return repacked(codes_of(data, bits, len(order))[order], bits)
+    made = np.zeros((len(order) // per, data.shape[1]), np.uint8)
+    for field in range(per):
+        row, place = np.divmod(order[field::per], per)
+        codes = data[row] >> (bits * place).astype(np.uint8)[:, None]
+        codes &= np.uint8(2**bits - 1)
+        made |= codes << np.uint8(bits * field)
+    return made
 
 
 def repacked(codes: np.ndarray, bits: int) -> np.ndarray:
     """Unpacked codes `[in, out]` as `qjax.packing` packs them."""
-    return np.asarray(pack(jnp.asarray(codes), bits))
+    return np.asarray(_packed(codes, bits))
 
 
 def group_order(index: np.ndarray, group: int, where: str) -> np.ndarray | None:

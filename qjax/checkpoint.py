@@ -135,24 +135,31 @@ def load(
       UnsupportedError: the architecture or the weights' format is not supported.
     """
     from qjax.models import Decoder, ModelConfig
+    from qjax.models.stacks import Stacks
     from qjax.text import load_tokenizer
 
     default = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     compute = jnp.dtype(dtype or default)
-    params: dict[str, Any] = {}
+
+    def stacked(layers: int, parts: Iterable[Any]) -> Stacks:
+        made = Stacks(layers)
+        for _, part in parts:
+            made.add({path: hold(leaf, compute) for path, leaf in part.items()})
+        return made
+
     if is_artifact(source):
         artifact = Artifact(source, verify=verify)
-        directory, config = artifact.directory, artifact.config
+        directory, config = artifact.directory, ModelConfig.from_hf(artifact.config)
         recipe = json.dumps(artifact.manifest.get("recipe"))
-        for _, part in artifact.parts():
-            params |= {path: hold(leaf, compute) for path, leaf in part.items()}
+        present = min(config.layers, len(artifact.files))  # a damaged one has fewer
+        params = stacked(present, artifact.parts())
     else:
         with open_checkpoint(source, revision) as checkpoint:
-            directory, config = checkpoint.directory, checkpoint.config
+            directory = checkpoint.directory
+            config = ModelConfig.from_hf(checkpoint.config)
             recipe = None
-            for _, part in checkpoint_parts(checkpoint):
-                params |= {path: hold(leaf, compute) for path, leaf in part.items()}
-    model = Decoder(ModelConfig.from_hf(config), params, dtype=compute)
+            params = stacked(config.layers, checkpoint_parts(checkpoint))
+    model = Decoder(config, params, dtype=compute)
     model.assets = Assets(str(directory), recipe)
     tokenizer = load_tokenizer(directory)
     tokenizer.check_vocab(model.config.vocab_size)

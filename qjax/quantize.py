@@ -66,10 +66,10 @@ def quantize_model(
       NonFiniteError: a weight or a calibration activation is NaN or infinite.
     """
     from qjax.models import Decoder, ModelConfig
+    from qjax.models.stacks import Stacks
 
     recipe = load_recipe(recipe)
     default = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    params: dict[str, Any] = {}
     entries: dict[str, Any] = {}
 
     def run(config: ModelConfig, parts: Iterator[Any], tokenizer: Any) -> Any:
@@ -82,18 +82,20 @@ def quantize_model(
             progress=progress,
             mesh=mesh,
         )
+        params = Stacks(config.layers)
         rotated = rotate_parts(config, parts, recipe.rotate)
         for index, (layer, part) in enumerate(rotated):
             done = quantizer.part(layer, index == 0, part)
             quantizer.step(part_name(layer, index == 0))
-            params.update((path, hold(leaf, compute)) for path, leaf in done.items())
+            held = {path: hold(leaf, compute) for path, leaf in done.items()}
+            params.add(held)
         entries.update(quantizer.entries)
-        return quantizer.report(entries)
+        return params, quantizer.report(entries)
 
     if isinstance(source, Decoder):
         compute = jnp.dtype(dtype or source.dtype)
         config, directory = source.config, getattr(source.assets, "directory", None)
-        report = run(config, source.parts(), _tokenizer(calibration, directory))
+        params, report = run(config, source.parts(), _tokenizer(calibration, directory))
     else:
         compute = jnp.dtype(dtype or default)
         _refuse_artifact(source)
@@ -101,7 +103,7 @@ def quantize_model(
             config = ModelConfig.from_hf(checkpoint.config)
             directory = str(checkpoint.directory)
             tokenizer = _tokenizer(calibration, directory)
-            report = run(config, dense_parts(checkpoint), tokenizer)
+            params, report = run(config, dense_parts(checkpoint), tokenizer)
     model = Decoder(config, params, dtype=compute)
     model.report = report
     if directory is not None:

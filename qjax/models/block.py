@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -130,19 +129,3 @@ def run_blocks(
 def is_packed(leaf: Any) -> bool:
     """Whether a leaf of a parameter tree is a packed weight."""
     return isinstance(leaf, QuantizedTensor)
-
-
-def structure(leaf: Any) -> Any:
-    """Returns what must agree for leaves to be stacked: tree, shapes and dtypes."""
-    parts, tree = jax.tree.flatten(leaf)
-    return tree, tuple((p.shape, np.dtype(p.dtype).name) for p in parts)
-
-
-def stack(leaves: list[Any]) -> Any:
-    """Stacks equal leaves on a new leading axis; each array part on its own."""
-
-    def join(*parts: Any) -> Array:
-        host = all(isinstance(p, np.ndarray) for p in parts)
-        return jnp.asarray(np.stack(parts)) if host else jnp.stack(parts)
-
-    return jax.tree.map(join, *leaves)

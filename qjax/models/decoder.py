@@ -8,8 +8,6 @@ Refuses parameter dicts that do not fit the configuration, naming every path. Co
 building stacks copies each layer's parameters once; logits are float32.
 """
 
-import itertools
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,15 +19,14 @@ from jaxtyping import Array, Float, Int
 
 from qjax.errors import SpecError
 from qjax.models.attention import LayerNumbers, layer_numbers
-from qjax.models.block import Block, run_blocks, stack, structure
+from qjax.models.block import Block, run_blocks
 from qjax.models.cache import KVCache, Positions, empty_kv
 from qjax.models.config import ModelConfig
 from qjax.models.layers import Embedding, Norm, below, leaves_of, linear, wide_matmul
 from qjax.models.rope import rope_angles
+from qjax.models.stacks import Stacks
 from qjax.models.weights import HEAD, param_shapes
 from qjax.ops import canonical
-
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
 
 class Decoder(nnx.Module):
@@ -38,7 +35,8 @@ class Decoder(nnx.Module):
     Args:
         config: The architecture.
         params: Parameters by path, arrays or quantized tensors; `head.kernel` may be
-            absent if the configuration ties it to the embedding.
+            absent if the configuration ties it to the embedding. `Stacks` where they
+            were put in place layer by layer.
         dtype: Compute dtype; float32 on CPU and bfloat16 elsewhere by default. Dense
             parameters keep the dtype they come in.
 
@@ -54,37 +52,29 @@ class Decoder(nnx.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, params: Mapping[str, Any], *, dtype: Any = None
+        self,
+        config: ModelConfig,
+        params: Mapping[str, Any] | Stacks,
+        *,
+        dtype: Any = None,
     ):
-        _check(config, params)
+        stacks = params
+        if not isinstance(stacks, Stacks):
+            _check(config, {path: leaf.shape for path, leaf in stacks.items()})
+            stacks = Stacks.of(config.layers, stacks)
+        stacks.close()
+        _check(config, stacks.shapes)
         on_cpu = jax.default_backend() == "cpu"
         self.config = config
         self.assets: Any = None  # set by qjax.load: what to copy when saving
         self.report: Any = None  # set by qjax.quantize_model
         self.dtype = np.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
-        self.embed = Embedding(_placed(params, "embed"), config, self.dtype)
-        layers: list[dict[str, Any]] = [{} for _ in range(config.layers)]
-        for path, leaf in params.items():
-            if found := _LAYER.fullmatch(path):
-                layers[int(found[1])][found[2]] = leaf
-        kinds = [
-            {path: structure(leaf) for path, leaf in one.items()} for one in layers
-        ]
-        cuts = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
-        edges = [0, *cuts, config.layers]
-        self.runs = tuple(itertools.pairwise(edges))
-        self.layers = nnx.List(
-            Block(
-                config,
-                {
-                    p: stack([one[p] for one in layers[start:stop]])
-                    for p in kinds[start]
-                },
-            )
-            for start, stop in self.runs
-        )
-        self.norm = Norm(_placed(params, "norm"), config) if config.final_norm else None
-        self.head = linear(_placed(params, "head")) if HEAD in params else None
+        outer = stacks.outer
+        self.embed = Embedding(_placed(outer, "embed"), config, self.dtype)
+        self.runs = tuple(stacks.runs)
+        self.layers = nnx.List(Block(config, run) for run in stacks.stacked)
+        self.norm = Norm(_placed(outer, "norm"), config) if config.final_norm else None
+        self.head = linear(_placed(outer, "head")) if HEAD in outer else None
 
     def __call__(
         self,
@@ -259,17 +249,17 @@ def _placed(params: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return jax.tree.map(jnp.asarray, below(params, prefix))
 
 
-def _check(config: ModelConfig, params: Mapping[str, Any]) -> None:
-    """Raises unless `params` are exactly the parameters that `config` describes."""
+def _check(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises unless `shapes` are those of the parameters that `config` describes."""
     expected = param_shapes(config)
     optional = {HEAD: (config.dim, config.vocab_size)} if config.tied else {}
     allowed = {**expected, **optional}
-    faults = [f"{path} is missing" for path in expected if path not in params]
-    faults += [f"{path} is unknown" for path in params if path not in allowed]
+    faults = [f"{path} is missing" for path in expected if path not in shapes]
+    faults += [f"{path} is unknown" for path in shapes if path not in allowed]
     faults += [
-        f"{path} has shape {tuple(leaf.shape)}, expected {allowed[path]}"
-        for path, leaf in params.items()
-        if path in allowed and tuple(leaf.shape) != allowed[path]
+        f"{path} has shape {tuple(shape)}, expected {allowed[path]}"
+        for path, shape in shapes.items()
+        if path in allowed and tuple(shape) != allowed[path]
     ]
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
