@@ -133,6 +133,14 @@ class PackedCheckpoint:
                 len(inferred),
                 "; ".join(self.found[1 if explained else 0 :]),
             )
+        if said is not None and not self._layers:
+            _log.warning(
+                "%s: %s speaks of quantization (%s), but no tensor is quantized; "
+                "reading it as a dense checkpoint",
+                self.where,
+                said.source,
+                said.kind,
+            )
         caches = sorted(name for name in left if _CACHE_SCALES.search(name))
         if caches:
             left -= set(caches)

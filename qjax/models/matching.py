@@ -33,7 +33,9 @@ class Match:
     Attributes:
         names: Name in the checkpoint of every planned tensor found.
         missing: Planned tensors that are absent.
-        unexpected: Tensors that nothing uses.
+        unexpected: Tensors that nothing uses though they look like part of the model:
+            of more layers than there are, or biases of weights that have none.
+        unknown: Other tensors that nothing uses; a warning names them.
         ignored: Constant buffers, which carry no weights.
         wrong: `(name, shape, expected shape)` of ill-shaped tensors.
     """
@@ -41,11 +43,14 @@ class Match:
     names: dict[str, str]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    unknown: tuple[str, ...]
     ignored: tuple[str, ...]
     wrong: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
 
     def check(self, where: str = "checkpoint") -> None:
         """Raises one error that lists everything which does not fit.
+
+        Tensors that are merely unknown are named in a warning.
 
         Raises:
             FormatError: Tensors are missing, unexpected or of the wrong shape.
@@ -63,6 +68,13 @@ class Match:
             raise FormatError(
                 f"{where}: tensors do not fit config.json: {'; '.join(faults)}. "
                 "Check that weights and config.json belong to the same model"
+            )
+        if self.unknown:
+            _log.warning(
+                "%s: %d tensors belong to no part of the model and are not used: %s",
+                where,
+                len(self.unknown),
+                _some(self.unknown),
             )
 
 
@@ -102,7 +114,24 @@ def match(config: ModelConfig, shapes: Mapping[str, Sequence[int]]) -> Match:
         if e.name in names and tuple(shapes[names[e.name]]) != e.shape
     ]
     rest = [n for n in shapes if n not in used and n not in ignored]
-    return Match(names, tuple(missing), tuple(rest), tuple(ignored), tuple(wrong))
+    layer = re.compile(re.escape(layout.layers) + r"\.\d+\.")
+
+    def tail(name: str) -> str:
+        """What follows the number of the layer."""
+        return layer.split(name)[-1]
+
+    known = {tail(entry.name) for entry in entries}
+    known |= {name.removesuffix("weight") + "bias" for name in known}
+    unexpected = [n for n in rest if tail(n) in known]
+    unknown = [n for n in rest if tail(n) not in known]
+    return Match(
+        names,
+        tuple(missing),
+        tuple(unexpected),
+        tuple(unknown),
+        tuple(ignored),
+        tuple(wrong),
+    )
 
 
 def _base(

@@ -105,6 +105,21 @@ def test_constant_buffers_are_ignored(name, buffer, golden, tensors_of):
     assert found.ignored == (buffer,)
 
 
+def test_unknown_tensors_are_named_and_not_used(golden, tensors_of, caplog):
+    config, tensors = _config(golden, "llama"), tensors_of("llama")
+    expected = from_hf(config, tensors)
+    tensors["model.layers.0.mlp.router.weight"] = tensors["speaker.x"] = np.ones(3)
+    with caplog.at_level(logging.WARNING, logger="qjax"):
+        assert from_hf(config, tensors).keys() == expected.keys()
+    assert (
+        "checkpoint: 2 tensors belong to no part of the model and are not used: "
+        "model.layers.0.mlp.router.weight, speaker.x"
+    ) in caplog.text
+    tensors["model.layers.0.mlp.up_proj.bias"] = np.ones(48)
+    with pytest.raises(FormatError, match=r"1 unexpected .*up_proj\.bias"):
+        from_hf(config, tensors)
+
+
 def test_everything_wrong_is_listed_at_once(golden, tensors_of):
     tensors = tensors_of("llama")
     del tensors["model.layers.0.mlp.up_proj.weight"]

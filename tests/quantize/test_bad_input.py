@@ -114,9 +114,21 @@ def test_unknown_architectures_and_remote_code(copied, tmp_path, edit_config):
     assert "lama" in str(caught.value) and "llama" in str(caught.value)
 
 
-def test_quantized_sources_are_refused(copied, tmp_path, edit_config):
+def test_quantized_sources_are_refused(copied, tmp_path, edit_config, caplog):
     edit_config(copied, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UnsupportedError, match="already quantized \\(gptq\\)"):
+    qjax.load(copied)
+    assert "speaks of quantization (gptq), but no tensor is quantized" in caplog.text
+
+    def pack(t):
+        t[f"{NAME}.absmax"] = np.ones(64, np.float32)
+        t[f"{NAME}.quant_map"] = np.linspace(-1, 1, 16, dtype=np.float32)
+        state = {"shape": list(t[NAME].shape), "blocksize": 64, "quant_type": "nf4"}
+        name = f"{NAME}.quant_state.bitsandbytes__nf4"
+        t[name] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+        t[NAME] = np.zeros((t[NAME].size // 2, 1), np.uint8)
+
+    rewrite(copied, pack)
+    with pytest.raises(UnsupportedError, match=r"already quantized \(bitsandbytes\)"):
         qjax.quantize_checkpoint(copied, tmp_path / "out", "int8")
 
 
