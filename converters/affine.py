@@ -78,6 +78,11 @@ def affine(
             f"{where}: {groups} scales per column, expected {-(-rows // size)} for "
             f"{rows} inputs in groups of {size}"
         )
+    if index is not None and len(index) != rows:
+        raise FormatError(
+            f"{where}: the groups of {len(index)} inputs are given (g_idx), expected "
+            f"{rows}"
+        )
     order = None
     if index is not None and groups > 1:
         order = group_order(np.asarray(index), size, where)
@@ -189,7 +194,8 @@ def integers(q: QuantizedTensor, where: str) -> Integers:
     if base.zero is not None:
         zero = np.asarray(load_zero(base.zero))
     whole = np.rint(zero)
-    zero = whole.astype(np.int32) if np.array_equal(whole, zero) else zero
+    if np.array_equal(whole, zero) and np.abs(whole).max(initial=0) < 2**31:
+        zero = whole.astype(np.int32)
     if base.grouping.kind == "tensor":
         scale, zero = (np.broadcast_to(a, (1, cols)) for a in (scale, zero))
     group = fmt.group if isinstance(fmt.group, int) else rows

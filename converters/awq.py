@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.converters.affine import affine, group_of, integers, zero_of_bias
+from qjax.converters.checks import finite
 from qjax.converters.gptq import check_integers
 from qjax.converters.overrides import layer_name
 from qjax.converters.words import codes_of, stream, transposed, words_of
@@ -53,8 +54,8 @@ class AWQ:
         self.group = group_of(settings)
         if self.version not in VERSIONS or bits != 4:
             raise UnsupportedError(
-                f"{where}: AWQ version {self.version!r} with {bits} bits is not read; "
-                f"expected 4 bits in one of {', '.join(VERSIONS)}"
+                f"{where}: AWQ version {self.version!r:.100} with {bits!r:.100} bits "
+                f"is not read; expected 4 bits in one of {', '.join(VERSIONS)}"
             )
 
     def shape(self, parts: Mapping[str, Any]) -> tuple[int, ...]:
@@ -68,6 +69,12 @@ class AWQ:
         """One weight `[in, out]`; see `affine`."""
         cols, rows = self.shape(parts)
         scales = np.asarray(parts["scales"])
+        packed = ("qweight", "qzeros") if self.version in ("gemm", "gemv") else ()
+        for part in packed:
+            if parts[part].dtype != np.int32:
+                raise FormatError(
+                    f"{where}.{part}: is {parts[part].dtype}, expected int32"
+                )
         if self.version == "gemm":
             data = _rows(parts["qweight"].view(np.uint32))
             zeros = _columns(parts["qzeros"])
@@ -139,6 +146,8 @@ def _unscaled(parts, scales: np.ndarray, where: str) -> np.ndarray:
             f"{where}.{name}: is {shift.dtype} {list(shift.shape)}, expected floats "
             f"{list(scales.shape)} as the scales"
         )
+    finite(scales, f"{where}.scales")
+    finite(shift, f"{where}.{name}")
     zero = zero_of_bias(scales, shift)
     whole = np.rint(zero)
     same = (-whole * scales.astype(np.float32)).astype(shift.dtype) == shift

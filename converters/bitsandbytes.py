@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from qjax.converters.words import transposed
@@ -27,6 +28,7 @@ from qjax.wrappers import RoundedInputs
 
 STATES = {f"weight.quant_state.bitsandbytes__{kind}": kind for kind in ("nf4", "fp4")}
 FORMATS = {"nf4": NF4, "fp4": FP4}
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 PARTS = {
     "weight": ("any", None),
     "weight.absmax": ("any", 1),
@@ -69,8 +71,14 @@ def _state(parts: Mapping[str, Any], where: str) -> tuple[dict[str, Any], Any, s
     if len(sizes) != 4 or not all(type(n) is int and n > 0 for n in sizes):
         raise FormatError(
             f"{where}.{name}: expected a shape [out, in] and integer block sizes, got "
-            f"shape {shape!r}, blocksize {block!r}, nested_blocksize {nested!r}"
+            f"shape {shape!r:.100}, blocksize {block!r:.100}, nested_blocksize "
+            f"{nested!r:.100}"
         )
+    for field, size in (("blocksize", block), ("nested_blocksize", nested)):
+        if size not in BLOCKS:
+            raise UnsupportedError(
+                f"{where}.{name}: {field} is {size}, expected one of {BLOCKS}"
+            )
     return state, tuple(sizes[:2]), STATES[name]
 
 
@@ -86,6 +94,11 @@ def _four(parts: Mapping[str, np.ndarray], where: str) -> QuantizedTensor:
             f"{-(-count // 2)} and {blocks} for [{cols}, {rows}] in blocks of {block}"
         )
     double = absmax.dtype == np.uint8
+    if not double and not jnp.issubdtype(absmax.dtype, jnp.floating):
+        raise FormatError(
+            f"{where}.weight.absmax: is {absmax.dtype}, expected floats, or uint8 with "
+            "nested_absmax"
+        )
     fmt = FORMATS[kind](block=block, double=double)
     flat = fmt.grouping((rows, cols)).kind == "flat"
     scale = (blocks, 1) if flat else (rows // block, cols)
@@ -109,8 +122,10 @@ def _four(parts: Mapping[str, np.ndarray], where: str) -> QuantizedTensor:
             )
         table = _table(parts["weight.nested_quant_map"], inner.table, where)
         mean = state.get("nested_offset", 0.0)
-        if type(mean) not in (int, float):
-            raise FormatError(f"{where}: nested_offset is {mean!r}, expected a number")
+        if type(mean) not in (int, float) or not abs(mean) < 3.4e38:
+            raise FormatError(
+                f"{where}: nested_offset is {mean!r:.200}, expected a float32 number"
+            )
         mean = np.full((1, 1), mean, np.float32)
         stored = CodebookTensor(
             absmax.reshape(-1, 1), sums, table, mean, inner, scale, "float32"
@@ -118,7 +133,9 @@ def _four(parts: Mapping[str, np.ndarray], where: str) -> QuantizedTensor:
     own = _table(parts["weight.quant_map"], fmt.table, where)
     dtype = str(state.get("dtype", "float32"))
     if dtype not in ("float16", "bfloat16", "float32"):
-        raise UnsupportedError(f"{where}: dtype {dtype!r} of the weight is not a float")
+        raise UnsupportedError(
+            f"{where}: dtype {dtype!r:.100} of the weight is not a float"
+        )
     return CodebookTensor(codes, stored, own, None, fmt, (rows, cols), dtype)
 
 
@@ -133,18 +150,19 @@ def _table(stored: np.ndarray, usual: np.ndarray, where: str) -> np.ndarray | No
 
 
 def _eight(parts: Mapping[str, np.ndarray], where: str) -> QuantizedTensor:
-    codes, absmax = transposed(parts["weight"]), parts["SCB"].reshape(-1)
+    stored, absmax = parts["weight"], parts["SCB"].reshape(-1)
+    if stored.dtype != np.int8 or stored.ndim != 2 or absmax.size != len(stored):
+        raise FormatError(
+            f"{where}: weight {stored.dtype} {list(stored.shape)} and SCB "
+            f"{list(absmax.shape)}, expected int8 [out, in] and [out]"
+        )
     layout = parts.get("weight_format")
     if layout is not None and int(np.asarray(layout).reshape(-1)[0]) != 0:
         raise UnsupportedError(
             f"{where}: weight_format {int(np.asarray(layout).reshape(-1)[0])} is tiled "
             "for one GPU; load and save it with bitsandbytes first"
         )
-    if codes.dtype != np.int8 or codes.ndim != 2 or absmax.size != codes.shape[1]:
-        raise FormatError(
-            f"{where}: weight {codes.dtype} {list(codes.shape[::-1])} and SCB "
-            f"{list(absmax.shape)}, expected int8 [out, in] and [out]"
-        )
+    codes = transposed(stored)
     scale = absmax.astype(np.float32)[None] / np.float32(127)
     return AffineTensor(codes, scale, None, Int(8, "channel"), codes.shape, "float16")
 

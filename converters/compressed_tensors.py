@@ -1,4 +1,4 @@
-"""compressed-tensors checkpoints: packed and plain integers, FP8.
+"""compressed-tensors checkpoints: integers, FP8, MXFP4, MXFP8, NVFP4, sparse weights.
 
 * `pack-quantized`: `weight_packed` int32 `[out, words]`, a bit string along `in` of
   codes plus `2**(bits - 1)`; `weight_scale` `[out, groups]` or `[out, 1]`;
@@ -6,13 +6,24 @@
   plain int8; `weight_g_idx` int32 `[in]`. Files up to 2025 fill a word with
   `32 // bits` whole codes; which of the two a file does follows from its width.
 * `int-quantized`, `float-quantized`, `naive-quantized`: `weight` int8 or float8_e4m3fn
-  `[out, in]` with `weight_scale` per tensor, output, group or block.
+  `[out, in]` with `weight_scale` per tensor, output, group (int8) or 128 x 128 block.
+* `nvfp4-pack-quantized`: `weight_packed` uint8 `[out, in / 2]`, the first of two E2M1
+  codes in the low nibble; `weight_scale` float8_e4m3fn `[out, in / 16]`;
+  `weight_global_scale` float32 `[1]`, which divides.
+* `mxfp4-pack-quantized`: the same without the divisor, `weight_scale` uint8 E8M0
+  `[out, in / 32]`. `mxfp8-quantized`: `weight` float8_e4m3fn with these scales.
+* `mixed-precision`: the groups of layers have formats of their own.
+* `marlin-24`: 2:4 sparse integers; see `qjax.converters.marlin_24`.
+* `sparse-bitmask`, `sparse-24-bitmask`: `compressed`, the weights that are kept, row by
+  row; `bitmask` uint8 `[out, in / 8]`, where they belong, lowest bit first; `shape`.
+  They stand for `weight`, quantized or not.
 
 Where the settings round activations, the weight becomes `RoundedInputs`: one scale per
-token when they are dynamic, `input_scale` when static.
+token when they are dynamic, `input_scale` when static. Other activations (FP4, MX, one
+scale per 128 inputs, asymmetric) are not rounded; a warning says so.
 
-Reference: compressed-tensors 0.20 `compressors/pack_quantized`, `naive_quantized`,
-`quantization/quant_args.py`.
+Reference: compressed-tensors 0.20 `compressors/`, `quantization/quant_args.py`; for the
+sparse formats 0.12.
 """
 
 import re
@@ -21,75 +32,124 @@ from typing import Any
 
 import numpy as np
 
-from qjax.converters.affine import affine, group_of
-from qjax.converters.words import codes_of, stream
+from qjax.converters.activations import Activations
+from qjax.converters.checks import fits, pattern
+from qjax.converters.compressed_parts import dense, weight_of
+from qjax.converters.overrides import layer_name
 from qjax.errors import FormatError, UnsupportedError
-from qjax.formats import FP8
-from qjax.tensor import MinifloatTensor, QuantizedTensor
-from qjax.wrappers import RoundedInputs
+from qjax.tensor import QuantizedTensor
 
 PARTS = {
     "weight_packed": ("integer", 2),
     "weight": ("any", 2),
-    "weight_scale": ("floating", None),
+    "weight_scale": ("any", None),
+    "weight_global_scale": ("floating", None),
     "weight_zero_point": ("integer", None),
     "weight_shape": ("integer", 1),
     "weight_g_idx": ("integer", 1),
     "input_scale": ("floating", None),
     "input_zero_point": ("any", None),
+    "input_global_scale": ("floating", None),
+    "output_scale": ("floating", None),
+    "output_zero_point": ("any", None),
+    "scale_packed": ("floating", 2),
+    "meta": ("integer", 2),
+    "compressed": ("any", None),
+    "bitmask": ("integer", 2),
+    "shape": ("integer", None),
+    "row_offsets": ("integer", None),
 }
-_NESTED = re.compile(r"\([^)]*[+*}][^)]*\)[+*{?]")
-"""Repetitions inside repetitions, which take exponential time to match."""
-FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+FORMATS = (
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "naive-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+    "mxfp8-quantized",
+    "marlin-24",
+)
+SPARSE = ("dense", "sparse-bitmask", "sparse-24-bitmask")
+_ROUNDED = {("int", 8): "int8", ("float", 8): "float8_e4m3fn"}
+_CLASS = re.compile(r"[A-Z]\w*")
 
 
 class CompressedTensors:
     """Reads the layers of one checkpoint; see `qjax.converters.gptq.GPTQ`."""
 
-    kind, marks, parts = "compressed-tensors", ("weight_scale",), PARTS
-    stated = ("weight_shape",)
+    kind, parts = "compressed-tensors", PARTS
+    marks = ("weight_scale", "scale_packed", "bitmask")
+    stated = ("weight_shape", "shape")
 
     def __init__(self, settings: Mapping[str, Any], where: str):
-        groups = settings.get("config_groups")
-        if not isinstance(groups, Mapping) or not groups:
+        groups = settings.get("config_groups") or {}
+        sparsity = _object(settings, "sparsity_config", where)
+        if not isinstance(groups, Mapping) or not (groups or sparsity):
             raise FormatError(f"{where}: quantization_config has no config_groups")
         for name, scheme in groups.items():
             _check_scheme(scheme, f"{where}: config_groups.{name}")
         default = settings.get("format")
+        if not (default is None or isinstance(default, str)):
+            raise FormatError(f"{where}: format is {default!r:.200}, expected a name")
         found = {scheme.get("format") or default for scheme in groups.values()}
-        if unknown := sorted(map(str, found - set(FORMATS))):
+        known = {*FORMATS, "mixed-precision", "dense"}
+        if unknown := sorted(map(str, found - known)):
             raise UnsupportedError(
                 f"{where}: compressed-tensors format {', '.join(unknown)} is not read; "
                 f"expected {', '.join(FORMATS)}"
             )
-        if settings.get("transform_config") or settings.get("sparsity_config"):
+        if sparsity and sparsity.get("format") not in SPARSE:
             raise UnsupportedError(
-                f"{where}: transforms and sparsity of compressed-tensors are not read"
+                f"{where}: sparsity of compressed-tensors in the format "
+                f"{sparsity.get('format')!r} is not read; expected {', '.join(SPARSE)}"
+            )
+        transforms = _object(settings, "transform_config", where)
+        if transforms.get("config_groups", transforms):
+            raise UnsupportedError(
+                f"{where}: transforms of compressed-tensors are not read; save the "
+                "model with transforms fused into its weights"
             )
         self._groups = [dict(scheme) for scheme in groups.values()]
-        self._targets = [_targets(scheme, where) for scheme in self._groups]
+        self._targets = [
+            _targets(scheme, "targets", where) if scheme.get("weights") else []
+            for scheme in self._groups
+        ]
+        self._ignored = _targets(settings, "ignore", where)
+        self._activations = Activations(where)
 
     def shape(self, parts: Mapping[str, Any]) -> tuple[int, ...]:
         """`(out, in)`; see `Reader.shape`."""
-        if "weight_packed" in parts:
+        if "bitmask" in parts:
+            return tuple(int(size) for size in np.reshape(parts["shape"], -1))
+        if "weight_shape" in parts:
             return tuple(int(size) for size in parts["weight_shape"])
+        if "scale_packed" in parts:
+            return parts["scale_packed"].shape[1], parts["weight_packed"].shape[0] * 32
+        if "weight_packed" in parts:
+            rows, half = parts["weight_packed"].shape
+            return rows, half * 2
         return tuple(parts["weight"].shape)
 
     def read(self, parts: Mapping[str, np.ndarray], where: str) -> QuantizedTensor:
         """One weight `[in, out]`, in `RoundedInputs` where activations are rounded."""
-        scheme = self._scheme(where)
-        weights = scheme.get("weights") or {}
-        if "weight_packed" in parts:
-            made = _packed(parts, weights, where)
-        elif parts["weight"].dtype == np.int8:
-            made = _integers(parts, weights, where)
-        else:
-            made = _floats(parts, where)
-        return _inputs(made, scheme.get("input_activations"), parts, where)
+        name = layer_name(where)
+        if "bitmask" in parts:
+            parts = {**parts, "weight": dense(parts, where)}
+            if "weight_scale" not in parts:
+                return weight_of(parts, {}, where)
+        if any(_rank(target, name) in (0, 1) for target in self._ignored):
+            self._activations.once(
+                f"the settings say that {name} is not quantized ('ignore'), but it is; "
+                "it is read as the other layers",
+                "ignore",
+            )
+        self._activations.outputs(parts, where)
+        scheme = self._scheme(name, where)
+        made = weight_of(parts, scheme["weights"], where)
+        return self._inputs(made, scheme.get("input_activations"), parts, where)
 
-    def _scheme(self, where: str) -> dict[str, Any]:
+    def _scheme(self, name: str, where: str) -> dict[str, Any]:
         """The scheme of a layer: by its name, by a pattern, or of all layers."""
-        name = where.rpartition(": ")[2]
         found = [
             (rank, i)
             for i, targets in enumerate(self._targets)
@@ -100,14 +160,45 @@ class CompressedTensors:
             raise FormatError(f"{where}: no target of config_groups names it")
         return self._groups[min(found)[1]]
 
+    def _inputs(self, made, scheme, parts, where: str) -> QuantizedTensor:
+        """Rounded activations, where the settings ask for them."""
+        if not scheme:
+            return made
+        stated = (str(scheme.get("type", "int")), scheme.get("num_bits", 8))
+        activation = _ROUNDED.get(stated)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        whole = scheme.get("strategy") not in ("group", "tensor_group", "block")
+        if activation is None or not whole or not scheme.get("symmetric", True):
+            what = (
+                f"{scheme.get('type', 'int')}, {scheme.get('num_bits', 8)} bits, "
+                f"strategy {scheme.get('strategy')}, symmetric "
+                f"{scheme.get('symmetric', True)}"
+            )
+            return self._activations.left(made, what)
+        scale = None if scheme.get("dynamic", False) else parts.get("input_scale")
+        return self._activations.rounded(made, activation, scale, where)
+
+
+def _object(settings: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    found = settings.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise FormatError(f"{where}: {key} is {found!r:.200}, expected an object")
+    return found
+
 
 def _rank(target: str | re.Pattern[str], name: str) -> int | None:
-    """How closely a target names a layer, 0 closest; None when it does not."""
+    """How closely a target names a layer, 0 closest; None when it does not.
+
+    Nothing says the class of a layer: `Embedding` is taken for tables of embeddings and
+    `Linear` for all others before any other class.
+    """
     if isinstance(target, re.Pattern):
-        return 1 if target.match(name) else None
+        return 1 if fits(target, name) else None
     if name == target or name.endswith(f".{target}"):
         return 0
-    return 2 if target == "Linear" else None
+    if not _CLASS.fullmatch(target):
+        return None
+    likely = "Embedding" if "embed" in name.rpartition(".")[2] else "Linear"
+    return 2 if target == likely else 3
 
 
 def _check_scheme(scheme: Any, where: str) -> None:
@@ -120,145 +211,14 @@ def _check_scheme(scheme: Any, where: str) -> None:
             raise FormatError(f"{where}: {field} is {value!r:.200}")
 
 
-def _targets(scheme: Mapping[str, Any], where: str) -> list[str | re.Pattern[str]]:
-    """Names and patterns of the layers of a scheme."""
-    made = []
-    for target in scheme.get("targets") or ():
-        if not isinstance(target, str) or len(target) > 500 or _NESTED.search(target):
-            raise FormatError(f"{where}: target {target!r:.200} is not a layer's name")
-        try:
-            regular = target.startswith("re:")
-            made.append(re.compile(target[3:]) if regular else target)
-        except re.error as error:
-            raise FormatError(f"{where}: target {target!r}: {error}") from None
-    return made
-
-
-def _packed(parts, weights, where) -> QuantizedTensor:
-    words, bits = parts["weight_packed"], weights.get("num_bits")
-    if bits not in range(1, 9):
-        raise FormatError(f"{where}: num_bits is {bits!r}, expected 1 to 8")
-    sizes = [int(size) for size in parts["weight_shape"]]
-    if len(sizes) != 2 or sizes[0] != words.shape[0] or sizes[1] < 1:
-        raise FormatError(
-            f"{where}: weight_packed has shape {list(words.shape)}, expected "
-            f"[out, words] for the weight_shape {sizes}"
-        )
-    cols, rows = sizes
-    scale = _transposed(parts["weight_scale"])
-    zero = parts.get("weight_zero_point")
-    half = 2 ** (bits - 1)
-    if zero is not None and zero.dtype == np.int32:
-        zero = _codes(zero, bits, cols, where).T
-    elif zero is not None:
-        zero = _transposed(zero).astype(np.int32) + half
-    codes = _bit_string(np.ascontiguousarray(words.T), bits, rows, where)
-    return affine(
-        codes,
-        scale,
-        zero,
-        bits=bits,
-        matrix=(rows, cols),
-        where=where,
-        group=group_of(weights),
-        index=_order(parts),
-        dtype=scale.dtype.name,
-    )
-
-
-def _bit_string(words: np.ndarray, bits: int, count: int, where: str) -> np.ndarray:
-    """The bytes of codes along the first axis, without gaps."""
-    if 8 % bits and words.shape[0] == -(-count // (32 // bits)):
-        per = 32 // bits  # whole codes in each word
-        if words.shape[0] != -(-count * bits // 32):
-            shifts = (np.arange(per, dtype=np.uint32) * bits)[:, None]
-            fields = (words.view(np.uint32)[:, None] >> shifts) & np.uint32(2**bits - 1)
-            codes = fields.reshape(-1, words.shape[1])[:count].astype(np.uint8)
-            flat = np.unpackbits(codes[..., None], axis=-1, bitorder="little")
-            planes = flat[..., :bits].transpose(0, 2, 1).reshape(-1, words.shape[1])
-            return np.packbits(planes, axis=0, bitorder="little")
-    if words.shape[0] != -(-count * bits // 32):
-        raise FormatError(
-            f"{where}: {words.shape[0]} words for {count} codes of {bits} bits, "
-            f"expected {-(-count * bits // 32)}"
-        )
-    return stream(words)
-
-
-def _codes(words: np.ndarray, bits: int, count: int, where: str) -> np.ndarray:
-    data = _bit_string(words, bits, count, where)
-    return codes_of(data, bits, count).astype(np.int32)
-
-
-def _integers(parts, weights, where) -> QuantizedTensor:
-    """int8 codes of any width, one per byte."""
-    bits = weights.get("num_bits", 8)
-    if bits not in range(1, 9):
-        raise FormatError(f"{where}: num_bits is {bits!r}, expected 1 to 8")
-    half = 2 ** (bits - 1)
-    codes = (parts["weight"].T.astype(np.int16) + half).astype(np.uint8)
-    zero = parts.get("weight_zero_point")
-    scale = _transposed(parts["weight_scale"])
-    if zero is not None:
-        zero = np.broadcast_to(_transposed(zero).astype(np.int32) + half, scale.shape)
-    return affine(
-        codes,
-        scale,
-        zero,
-        bits=bits,
-        matrix=codes.shape,
-        where=where,
-        group=group_of(weights),
-        index=_order(parts),
-        dtype=scale.dtype.name,
-        unpacked=True,
-    )
-
-
-def _floats(parts, where) -> QuantizedTensor:
-    """FP8 with a scale per tensor, output or block."""
-    codes, scale = parts["weight"].T, _transposed(parts["weight_scale"])
-    matrix = codes.shape
-    kinds = {(1, 1): "tensor", (1, matrix[1]): "channel"}
-    tiles = (-(-matrix[0] // 128), -(-matrix[1] // 128))
-    granularity = kinds.get(scale.shape) or ("block" if scale.shape == tiles else None)
-    if granularity is None or codes.dtype.name != "float8_e4m3fn":
-        raise UnsupportedError(
-            f"{where}: {codes.dtype} {list(matrix)} with scales {list(scale.shape)} is "
-            "not read; expected float8_e4m3fn with a scale per tensor, output or block "
-            "of 128 x 128"
-        )
-    fmt = FP8("e4m3", granularity)
-    dtype = scale.dtype.name
-    return MinifloatTensor(codes, scale.astype(np.float32), None, fmt, matrix, dtype)
-
-
-def _inputs(made, scheme, parts, where) -> QuantizedTensor:
-    """Rounded activations, where the settings ask for them."""
-    if not scheme:
-        return made
-    kinds = {("int", 8): "int8", ("float", 8): "float8_e4m3fn"}
-    stated = (scheme.get("type", "int"), scheme.get("num_bits", 8))
-    activation = next((name for key, name in kinds.items() if key == stated), None)
-    if activation is None or not scheme.get("symmetric", True):
-        raise UnsupportedError(
-            f"{where}: activations of {scheme.get('num_bits')} bits "
-            f"({scheme.get('type')}, symmetric={scheme.get('symmetric')}) are not "
-            "computed; expected symmetric int8 or float8"
-        )
-    scale = parts.get("input_scale")
-    if scale is None or scheme.get("dynamic", False):
-        return RoundedInputs(made, activation)
-    if scale.size != 1:
-        raise UnsupportedError(f"{where}: input_scale of shape {list(scale.shape)}")
-    return RoundedInputs(made, activation, scale.astype(np.float32).reshape(()))
-
-
-def _transposed(leaf: np.ndarray) -> np.ndarray:
-    """Scales as `[groups, out]`."""
-    return np.ascontiguousarray((leaf if leaf.ndim > 1 else leaf.reshape(-1, 1)).T)
-
-
-def _order(parts: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    index = parts.get("weight_g_idx")
-    return None if index is None or bool(np.all(index < 0)) else index
+def _targets(
+    settings: Mapping[str, Any], key: str, where: str
+) -> list[str | re.Pattern[str]]:
+    """Names, classes and patterns of layers."""
+    found = settings.get(key) or ()
+    if not isinstance(found, list | tuple) or not all(type(t) is str for t in found):
+        raise FormatError(f"{where}: {key} is {found!r:.200}, expected names")
+    return [
+        pattern(target[3:], f"{where}: {key}") if target.startswith("re:") else target
+        for target in found
+    ]

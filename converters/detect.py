@@ -23,6 +23,7 @@ SETTINGS = ("quantization_config", "compression_config")
 """Keys of config.json under which a checkpoint says how it is quantized."""
 
 SIDE_FILES = {
+    "quantization_config.json": "auto-round",
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
     "hf_quant_config.json": "modelopt",
@@ -88,6 +89,8 @@ def _stated(settings: Any, source: str, checkpoint: Checkpoint) -> Stated:
             f"{settings!r:.200}, expected an object"
         )
     kind = settings.get("quant_method")
+    if kind is None and "group_size" in settings and "config.json" in source:
+        kind, settings = "mlx", {**settings, "quant_method": "mlx"}  # mlx-lm names none
     if kind is not None and not isinstance(kind, str):
         raise FormatError(
             f"{shown(checkpoint.directory)}: quant_method is {kind!r:.200}, expected a "

@@ -93,7 +93,7 @@ class GPTQ:
 
     def _check_bits(self, settings: Mapping[str, Any], where: str) -> int:
         bits = settings.get("bits", settings.get("w_bit"))
-        if bits not in WIDTHS[self.layout]:
+        if type(bits) is not int or bits not in WIDTHS[self.layout]:
             *most, last = map(str, WIDTHS[self.layout])
             expected = f"{', '.join(most)} or {last}" if most else last
             raise FormatError(

@@ -5,6 +5,7 @@ Python files, and `.bin` weights only where there are no safetensors.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from qjax.errors import SpecError
@@ -42,7 +43,21 @@ def download(repo: str, revision: str | None = None) -> Path:
     return directory
 
 
-def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
+def download_adapter(repo: str, revision: str | None = None) -> Path:
+    """Fetch an adapter of PEFT; see `download`."""
+    names = ["adapter_config.json", "adapter_model.safetensors"]
+    directory = _snapshot(repo, revision, names, ["*/*"])
+    if not (directory / names[1]).exists():
+        directory = _snapshot(repo, revision, [names[0], "adapter_model.bin"], ["*/*"])
+    return directory
+
+
+def _snapshot(
+    repo: str,
+    revision: str | None,
+    patterns: list[str],
+    never: Sequence[str] = tuple(_NEVER),
+) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     asked = f"{repo!r}" + (f" at revision {revision!r}" if revision else "")
@@ -52,7 +67,7 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
                 repo,
                 revision=revision,
                 allow_patterns=patterns,
-                ignore_patterns=_NEVER,
+                ignore_patterns=list(never),
             )
         )
     except errors.GatedRepoError as error:

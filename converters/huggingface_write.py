@@ -29,6 +29,7 @@ def write_checkpoint(
     tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
     tokenizer_files: Mapping[str, str | os.PathLike[str]] | None = None,
     *,
+    more: Callable[[], Mapping[str, Mapping[str, Any]]] | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> dict[str, str]:
@@ -39,6 +40,7 @@ def write_checkpoint(
       config: Content of config.json; a function is called after the last tensor.
       tensors: Names as `transformers` knows them, with their arrays.
       tokenizer_files: Name to path of further files to copy.
+      more: Gives further JSON files by name; called after the last tensor.
       shard_bytes: Start a new weight file beyond this size.
       overwrite: Whether an existing model directory may be replaced.
 
@@ -71,6 +73,8 @@ def write_checkpoint(
         content = config() if callable(config) else config
         if not (work / "config.json").exists():
             write_bytes(work / "config.json", encode_object(dict(content)))
+        for name, content in (more() if more else {}).items():
+            write_bytes(work / name, encode_object(dict(content)))
         _name_shards(work, shards, total)
     return digests
 

@@ -4,30 +4,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from qjax.converters.checks import fits, pattern
 from qjax.errors import FormatError
 
-NESTED = re.compile(r"\([^)]*[+*}][^)]*\)[+*{?]")
-"""Repetitions inside repetitions, which take exponential time to match."""
 MAX_PATTERNS = 10_000
 
 
 def layer_name(where: str) -> str:
     """The layer in what errors call it, `"DIR: NAME"`."""
     return where.rpartition(": ")[2]
-
-
-def pattern(text: Any, where: str) -> re.Pattern[str]:
-    """A regular expression of a settings file.
-
-    Raises:
-      FormatError: it is not one, or one that may take exponential time.
-    """
-    if not isinstance(text, str) or len(text) > 500 or NESTED.search(text):
-        raise FormatError(f"{where}: {text!r:.200} is not a simple pattern")
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise FormatError(f"{where}: pattern {text!r}: {error}") from None
 
 
 class Overrides:
@@ -68,7 +53,7 @@ class Overrides:
     def of(self, name: str) -> dict[str, Any]:
         """Settings of a layer."""
         for found, changes in self._own:
-            if found.match(name):
+            if fits(found, name):
                 return {**self.whole, **changes}
         return self.whole
 

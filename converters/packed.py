@@ -19,13 +19,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.converters.aqlm import AQLM
 from qjax.converters.auto_round import AutoRound
 from qjax.converters.awq import AWQ
+from qjax.converters.bitnet import BitNet
 from qjax.converters.bitsandbytes import BitsAndBytes
+from qjax.converters.checks import finite
 from qjax.converters.compressed_tensors import CompressedTensors
 from qjax.converters.detect import guess, stated
+from qjax.converters.exl2 import EXL2
+from qjax.converters.exl3 import EXL3
+from qjax.converters.fp8 import BlockFP8, FbgemmFP8
+from qjax.converters.fp_quant import FPQuant
 from qjax.converters.gptq import GPTQ
+from qjax.converters.hqq import HQQ
 from qjax.converters.huggingface import Checkpoint
+from qjax.converters.mlx import MLX
+from qjax.converters.modelopt import ModelOpt
+from qjax.converters.mxfp4 import GptOss
+from qjax.converters.quanto import Quanto
+from qjax.converters.quark import Quark
+from qjax.converters.quip import QuIP
+from qjax.converters.spqr import SpQR
+from qjax.converters.squeezellm import SqueezeLLM
+from qjax.converters.torchao import TorchAO
+from qjax.converters.vptq import VPTQ
 from qjax.errors import FormatError, UnsupportedError
 from qjax.io.files import shown
 from qjax.tensor import QuantizedTensor
@@ -40,8 +58,13 @@ class Reader(Protocol):
       kind: what `quant_method` calls it.
       marks: parts of which every quantized layer has one.
       parts: names of the tensors that may belong to a layer, after its own name, and
-        what they must be: `"integer"`, `"floating"` or `"any"`, and the rank or None.
+        what they must be: `"integer"`, `"floating"`, `"any"` or a dtype, and the rank
+        or None. `expected_shape` is no tensor: the model's own `(out, in)`, for
+        formats whose files do not tell it.
       stated: parts that `shape` needs whole, not only their shape.
+
+    A reader may also have `empty`, parts that may have no elements, and `joint`, what
+    stands between the name of a layer and a part, `"."` by default.
     """
 
     kind: str
@@ -60,12 +83,17 @@ class Reader(Protocol):
 
 READERS: dict[str, Any] = {
     reader.kind: reader
-    for reader in (AutoRound, GPTQ, AWQ, BitsAndBytes, CompressedTensors)
+    for reader in (
+        *(AutoRound, GPTQ, AWQ, BitsAndBytes, HQQ, CompressedTensors, Quanto, TorchAO),
+        *(MLX, BlockFP8, FbgemmFP8, ModelOpt, Quark, FPQuant, GptOss, BitNet),
+        *(SpQR, AQLM, VPTQ, QuIP, SqueezeLLM, EXL2, EXL3),
+    )
 }
 """Readers by `quant_method`: called with the settings and what errors say."""
 
 _CACHE_SCALES = re.compile(
-    r"\.(k_scale|v_scale|k_proj\.output_scale|v_proj\.output_scale)$"
+    r"\.([qkv]_(scale|zero_point|global_scale)"
+    r"|[kv]_proj\.output_(scale|zero_point)|prob_output_scale)$"
 )
 
 
@@ -77,7 +105,8 @@ def check_parts(reader: Reader, parts: Mapping[str, Any], where: str) -> None:
             kind in ("integer", "floating")
             and jnp.issubdtype(leaf.dtype, getattr(jnp, kind))
         )
-        if not fits or rank not in (None, len(leaf.shape)) or 0 in leaf.shape:
+        void = 0 in leaf.shape and part not in getattr(reader, "empty", ())
+        if not fits or rank not in (None, len(leaf.shape)) or void:
             what = "numbers" if kind == "any" else f"{kind} numbers"
             raise FormatError(
                 f"{where}.{part}: is {leaf.dtype} {list(leaf.shape)}, expected {what}"
@@ -90,6 +119,7 @@ class PackedCheckpoint:
 
     Args:
       source: the open checkpoint.
+      expected: shapes of the model's dense tensors by name, where they are known.
 
     Attributes:
       found: how layers are quantized and how that is known, one line for each kind.
@@ -100,7 +130,12 @@ class PackedCheckpoint:
       FormatError: its settings or tensors do not fit the format.
     """
 
-    def __init__(self, source: Checkpoint):
+    def __init__(
+        self,
+        source: Checkpoint,
+        expected: Mapping[str, tuple[int, ...]] | None = None,
+    ):
+        self._expected = expected or {}
         self.directory, self.config = source.directory, source.config
         self._source, self.where = source, shown(source.directory)
         self._made: dict[str, Reader] = {}
@@ -112,7 +147,7 @@ class PackedCheckpoint:
         if said is not None and said.kind is not None:
             if said.kind not in READERS:
                 raise UnsupportedError(
-                    f"{self.where}: is quantized with {said.kind!r}, which is not "
+                    f"{self.where}: is quantized with {said.kind!r:.100}, which is not "
                     f"read; expected a dense checkpoint or one of {', '.join(READERS)}"
                 )
             reader = self._reader(said.kind, said.settings)
@@ -165,14 +200,17 @@ class PackedCheckpoint:
 
     def _starts(self, reader: Reader, names: set[str]) -> list[str]:
         """Names of the layers that have a part every quantized layer has."""
-        ends = tuple(f".{mark}" for mark in reader.marks)
+        joint = getattr(reader, "joint", ".")
+        ends = tuple(joint + mark for mark in reader.marks)
         found = (name for name in names if name.endswith(ends))
         starts = {n.removesuffix(e) for n in found for e in ends if n.endswith(e)}
         return sorted(starts)
 
     def _add(self, start: str, reader: Reader, names: set[str]) -> set[str]:
         """Notes the tensors of a layer, and returns them."""
-        parts = {p: f"{start}.{p}" for p in reader.parts if f"{start}.{p}" in names}
+        start_of = start + getattr(reader, "joint", ".")
+        parts = {p: start_of + p for p in reader.parts if start_of + p in names}
+        parts.pop("expected_shape", None)
         self._layers[f"{start}.weight"] = parts
         self._readers[f"{start}.weight"] = reader
         return set(parts.values())
@@ -191,6 +229,7 @@ class PackedCheckpoint:
         check_parts(reader, parts, f"{self.where}: {name.removesuffix('.weight')}")
         for part in set(names) & set(reader.stated):
             parts[part] = self._source.read(names[part])
+        parts |= self._told(name)
         try:
             return reader.shape(parts)
         except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
@@ -198,6 +237,13 @@ class PackedCheckpoint:
                 f"{self.where}: {name}: parts {sorted(parts)} are not those of a "
                 f"{reader.kind} layer ({error})"
             ) from None
+
+    def _told(self, name: str) -> dict[str, np.ndarray]:
+        """The model's own shape, for readers that ask for it."""
+        shape = self._expected.get(name)
+        if shape is None or "expected_shape" not in self._readers[name].parts:
+            return {}
+        return {"expected_shape": np.array(shape)}
 
     def _header(self, name: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(self._source.shape(name), self._source.dtype(name))
@@ -225,11 +271,19 @@ class PackedCheckpoint:
         if name not in self._layers:
             return self._source.read(name)
         parts = {p: self._source.read(n) for p, n in self._layers[name].items()}
+        parts |= self._told(name)
         where = f"{self.where}: {name.removesuffix('.weight')}"
         try:
-            return self._readers[name].read(parts, where)
+            made = self._readers[name].read(parts, where)
         except KeyError as error:
             raise FormatError(f"{where}: has no tensor {error.args[0]!r}") from None
+        if made.shape != self._shapes[name][::-1]:
+            raise FormatError(
+                f"{where}: its parts are those of [in, out] {list(made.shape)}, "
+                f"expected {list(self._shapes[name][::-1])}"
+            )
+        finite(made, where)
+        return made
 
     def release(self) -> None:
         """See `Checkpoint.release`."""

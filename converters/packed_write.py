@@ -7,7 +7,11 @@ import numpy as np
 
 from qjax.converters.awq import AWQWriter
 from qjax.converters.bitsandbytes import BitsAndBytesWriter
+from qjax.converters.compressed_write import CompressedTensorsWriter
 from qjax.converters.gptq import GPTQWriter
+from qjax.converters.hqq import HQQWriter
+from qjax.converters.mlx import MLXWriter
+from qjax.converters.quanto import QuantoWriter
 from qjax.formats import Format
 from qjax.tensor import QuantizedTensor
 
@@ -43,6 +47,10 @@ WRITERS: dict[str, Callable[[], Writer]] = {
     "gptq_v2": lambda: GPTQWriter("gptq_v2"),
     "awq": AWQWriter,
     "bnb": BitsAndBytesWriter,
+    "hqq": HQQWriter,
+    "compressed-tensors": CompressedTensorsWriter,
+    "quanto": QuantoWriter,
+    "mlx": MLXWriter,
 }
 """Writers by the name of the format on the command line."""
 

@@ -101,11 +101,17 @@ def words_of(codes: np.ndarray, bits: int) -> np.ndarray:
     if 8 % bits == 0:
         made = repacked(codes, bits)
     else:
-        fields = codes[:, None] >> np.arange(bits, dtype=np.uint8)[:, None] & 1
-        made = np.packbits(fields.reshape(-1, cols), axis=0, bitorder="little")
+        blocks = np.pad(codes, [(0, -len(codes) % 8), (0, 0)]).reshape(-1, 8, cols)
+        string = np.zeros((len(blocks), bits, cols), np.uint8)
+        for k in range(8):
+            at, skip = divmod(k * bits, 8)
+            string[:, at] |= blocks[:, k] << np.uint8(skip)
+            if skip + bits > 8:
+                string[:, at + 1] |= blocks[:, k] >> np.uint8(8 - skip)
+        made = string.reshape(-1, cols)[: -(-len(codes) * bits // 8)]
     made = np.pad(made, [(0, -len(made) % 4), (0, 0)])
     words = np.ascontiguousarray(made.reshape(-1, 4, cols).transpose(0, 2, 1))
-    return words.view("<i4")[..., 0].astype(np.int32, copy=False)
+    return np.array(words.view("<i4")[..., 0], np.int32, order="C")
 
 
 def planar_codes(words: np.ndarray, bits: int, count: int) -> np.ndarray:

@@ -65,7 +65,7 @@ def decode_additive(
     count, _, group = codebooks.shape
     rows, cols = codes.shape
     at = codes.astype(jnp.int32).reshape(rows // count, count, cols)
-    books = codebooks.astype(jnp.float32)
+    books = jnp.asarray(codebooks).astype(jnp.float32)  # files hold NumPy arrays
     total = books[0].at[at[:, 0]].get(mode="clip")
     for c in range(1, count):
         total = total + books[c].at[at[:, c]].get(mode="clip")

@@ -21,12 +21,14 @@ from qjax.artifact import (
     part_name,
     tensor_report,
 )
+from qjax.converters.adapters import attached
 from qjax.converters.huggingface import (
     TOKENIZER_FILES,
     Checkpoint,
     open_checkpoint,
 )
 from qjax.converters.packed import PackedCheckpoint
+from qjax.converters.peft import read_adapter
 from qjax.converters.shards import contained
 from qjax.errors import FormatError, SpecError, UnsupportedError
 from qjax.io.files import shown
@@ -48,7 +50,7 @@ def dense_parts(source: Checkpoint) -> Iterator[tuple[int | None, dict[str, Any]
       UnsupportedError: the checkpoint is quantized already.
       FormatError: tensors are missing, unexpected, of the wrong shape or not floats.
     """
-    packed = PackedCheckpoint(source)
+    packed = open_packed(source)
     if packed.kind is not None:
         raise UnsupportedError(
             f"{shown(source.directory)}: is already quantized ({packed.kind}); "
@@ -66,10 +68,19 @@ def checkpoint_parts(
       UnsupportedError: it is quantized in a format that is not read.
       FormatError: see `dense_parts`; or packed tensors do not fit their format.
     """
-    packed = (
-        source if isinstance(source, PackedCheckpoint) else PackedCheckpoint(source)
-    )
-    yield from _parts(packed)
+    yield from _parts(open_packed(source) if isinstance(source, Checkpoint) else source)
+
+
+def open_packed(source: Checkpoint) -> PackedCheckpoint:
+    """The tensors of a checkpoint with quantized weights as one tensor each.
+
+    Raises:
+      UnsupportedError, FormatError: see `checkpoint_parts`.
+    """
+    from qjax.models import ModelConfig, plan
+
+    entries = plan(ModelConfig.from_hf(source.config))
+    return PackedCheckpoint(source, {entry.name: entry.shape for entry in entries})
 
 
 def _parts(source: PackedCheckpoint):
@@ -114,6 +125,7 @@ def load(
     revision: str | None = None,
     dtype: Any = None,
     verify: bool = True,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> tuple[Any, Any]:
     """Loads a model and its tokenizer.
 
@@ -124,6 +136,8 @@ def load(
       dtype: compute dtype, which dense parameters are held in; default float32 on CPU,
         bfloat16 elsewhere.
       verify: check an artifact's digests.
+      adapter: directory or Hub id of a PEFT adapter (LoRA, rsLoRA, DoRA). Packed
+        weights stay packed under it, dense ones take it in.
 
     Returns:
       `(model, tokenizer)`: a `qjax.models.Decoder` and a `qjax.text.Tokenizer`.
@@ -143,8 +157,14 @@ def load(
 
     def stacked(layers: int, parts: Iterable[Any]) -> Stacks:
         made = Stacks(layers)
-        for _, part in parts:
-            made.add({path: hold(leaf, compute) for path, leaf in part.items()})
+        held: Iterable[Any] = (
+            (name, {path: hold(leaf, compute) for path, leaf in part.items()})
+            for name, part in parts
+        )
+        if adapter is not None:
+            held = attached(config, held, read_adapter(adapter), recipe)
+        for _, part in held:
+            made.add(part)
         return made
 
     if is_artifact(source):

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 
 from qjax.artifact import Artifact, is_artifact
-from qjax.checkpoint import Assets, checkpoint_parts, write_artifact
+from qjax.checkpoint import Assets, checkpoint_parts, open_packed, write_artifact
 from qjax.converters.detect import SETTINGS
 from qjax.converters.huggingface import (
     TOKENIZER_FILES,
     open_checkpoint,
     write_checkpoint,
 )
-from qjax.converters.packed import PackedCheckpoint
 from qjax.converters.packed_write import EMBEDDINGS, WRITERS, Writer
+from qjax.converters.quanto import QuantoWriter
 from qjax.errors import SpecError, UnsupportedError
 from qjax.methods import quantize
 from qjax.quantize import quantize_checkpoint
@@ -95,7 +95,7 @@ def convert(
         _write(target, config, parts, copied, fmt, overwrite, requantize, report)
         return report
     with open_checkpoint(source, revision) as checkpoint:
-        packed = PackedCheckpoint(checkpoint)
+        packed = open_packed(checkpoint)
         if fmt != "qjax":
             parts = (part for _, part in checkpoint_parts(packed))
             files = checkpoint.tokenizer_files
@@ -119,6 +119,7 @@ def _write(
     """A Hugging Face directory, whose config.json says how it is packed, if it is."""
     plain = {k: v for k, v in config.items() if k not in (*SETTINGS, "quantization")}
     content: Any = plain
+    more = None
     if fmt == "safetensors":
         tensors = _tensors(plain, parts, lambda *_: None, report)
     else:
@@ -133,9 +134,16 @@ def _write(
                     f"{where}: the source has no quantized weights; quantize it first "
                     "(qjax quantize), or convert it to safetensors"
                 )
-            return plain | {"quantization_config": writer.settings(report.kept)}
+            settings = writer.settings(report.kept)
+            own = {"quantization": settings} if fmt == "mlx" else {}
+            return plain | {"quantization_config": settings} | own
 
-    write_checkpoint(target, content, tensors, files, overwrite=overwrite)
+        if isinstance(writer, QuantoWriter):
+
+            def more() -> Mapping[str, Any]:
+                return {"quanto_qmap.json": writer.map()}
+
+    write_checkpoint(target, content, tensors, files, more=more, overwrite=overwrite)
 
 
 def _tensors(

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from qjax.artifact import Artifact, is_artifact, tensor_report
-from qjax.checkpoint import checkpoint_parts
+from qjax.checkpoint import checkpoint_parts, open_packed
 from qjax.converters.huggingface import open_checkpoint
-from qjax.converters.packed import PackedCheckpoint
 from qjax.ops import explain
 from qjax.tensor import QuantizedTensor
 
@@ -57,7 +56,7 @@ def inspect(
     else:
         with open_checkpoint(source, revision) as checkpoint:
             kind, config = "huggingface", checkpoint.config
-            packed = PackedCheckpoint(checkpoint)
+            packed = open_packed(checkpoint)
             add(checkpoint_parts(packed))
             recipe, found = packed.kind, packed.found
     size = sum(t["nbytes"] for t in tensors)

@@ -25,6 +25,7 @@ from qjax.formats import (
     KMeans,
     format_from_dict,
 )
+from qjax.formats.additive import TABLES
 from qjax.formats.codebook import TableFormat
 from qjax.formats.minifloat import Minifloat
 from qjax.formats.trellis import TILE, Trellis
@@ -39,11 +40,13 @@ from qjax.tensor import (
 from qjax.trellis import Incoherent, TrellisTensor, sign_bytes
 from qjax.wrappers import (
     ACTIVATIONS,
+    MAX_PARTS,
     InputScaled,
     LowRank,
     Permuted,
     Rotated,
     RoundedInputs,
+    RowParts,
     SplitInputs,
     Transposed,
     WithOutliers,
@@ -64,6 +67,7 @@ _CLASSES: dict[str, type] = {
         Permuted,
         Rotated,
         RoundedInputs,
+        RowParts,
         SplitInputs,
         Transposed,
         WithOutliers,
@@ -92,6 +96,11 @@ def describe(name: str, leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         if field.metadata.get("static"):
             value = value.to_dict() if isinstance(value, Format) else value
             spec[field.name] = list(value) if isinstance(value, tuple) else value
+        elif isinstance(value, tuple):
+            made = [describe(f"{name}.parts.{i}", q) for i, q in enumerate(value)]
+            fields[field.name] = [spec for spec, _ in made]
+            for _, inner in made:
+                arrays.update(inner)
         elif value is not None:
             fields[field.name], inner = describe(f"{name}.{field.name}", value)
             arrays.update(inner)
@@ -114,19 +123,27 @@ def rebuild(name: str, spec: Any, read: Callable[[str], Any], depth: int = 0) ->
     Raises:
       FormatError: the spec or an array is not what the format implies.
     """
-    if not isinstance(spec, Mapping) or depth > 4:
-        raise FormatError(f"{name}: expected a tensor description, got {spec!r}")
+    if not isinstance(spec, Mapping) or depth > 8:
+        raise FormatError(f"{name}: expected a tensor description, got {spec!r:.200}")
     kind = spec.get("type")
     if kind == "array":
         return read(name)
     cls = _CLASSES.get(kind) if isinstance(kind, str) else None
     fields = spec.get("fields")
     if cls is None or not isinstance(fields, Mapping):
-        raise FormatError(f"{name}: unknown tensor type {kind!r}")
+        raise FormatError(f"{name}: unknown tensor type {kind!r:.100}")
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         if field.metadata.get("static"):
             values[field.name] = _static(name, field.name, spec.get(field.name))
+        elif field.name == "parts":
+            specs = fields.get("parts")
+            if not isinstance(specs, list) or not 0 < len(specs) <= MAX_PARTS:
+                raise FormatError(f"{name}.parts: expected 1 to {MAX_PARTS} of them")
+            values["parts"] = tuple(
+                rebuild(f"{name}.parts.{i}", part, read, depth + 1)
+                for i, part in enumerate(specs)
+            )
         elif field.name in fields:
             inner = f"{name}.{field.name}"
             values[field.name] = rebuild(inner, fields[field.name], read, depth + 1)
@@ -148,6 +165,11 @@ def _static(name: str, field: str, value: Any) -> Any:
         if not ok or not all(type(v) is int and 0 <= v < 2**40 for v in value):
             raise FormatError(f"{name}: matrix {value!r} is not [in, out]")
         return tuple(value)
+    if field == "starts":
+        ok = isinstance(value, list) and len(value) <= MAX_PARTS
+        if not ok or not all(type(v) is int and 0 <= v < 2**40 for v in value):
+            raise FormatError(f"{name}: starts {value!r:.200} are not places")
+        return tuple(value)
     if field == "block":
         if type(value) is not int or value < 2 or value & (value - 1):
             raise FormatError(f"{name}: block {value!r} is not a power of two above 1")
@@ -167,6 +189,9 @@ def _check(name: str, q: Any) -> None:
     """Raises FormatError unless every leaf fits the format and the other leaves."""
     if isinstance(q, Wrapper):
         _check_wrapper(name, q)
+        return
+    if isinstance(q, RowParts):
+        _check_parts(name, q)
         return
     if not isinstance(q, LayoutTensor):
         raise FormatError(f"{name}: {type(q).__name__} is not a quantized layout")
@@ -224,7 +249,11 @@ def _check(name: str, q: Any) -> None:
 def _check_nested(name: str, inner: QuantizedTensor, shape: tuple[int, ...]) -> None:
     """Statistics that are quantized themselves: dynamic codes, or integers (SpQR)."""
     known = isinstance(inner.format, Dynamic8 | Int)
-    if tuple(inner.shape) != shape or not known or isinstance(inner, Wrapper):
+    if (
+        tuple(inner.shape) != shape
+        or not known
+        or isinstance(inner, Wrapper | RowParts)
+    ):
         raise FormatError(f"{name}: {inner!r} does not fit {shape}")
 
 
@@ -235,7 +264,7 @@ def _check_additive(name: str, q: AdditiveTensor, lead: tuple[int, ...]) -> None
     _leaf(f"{name}.codes", q.codes, codes, (f"uint{fmt.code_bits}",))
     _leaf(f"{name}.scale", q.scale, (*lead, 1, cols), _FLOATS)
     books = (*lead, fmt.codebooks, fmt.levels, fmt.group)
-    _leaf(f"{name}.codebooks", q.codebooks, books, _FLOATS)
+    _leaf(f"{name}.codebooks", q.codebooks, books, TABLES)
     if fmt.bits not in (8, 16) and q.size and int(jnp.max(q.codes)) >= fmt.levels:
         raise FormatError(
             f"{name}.codes: index {int(jnp.max(q.codes))} outside 0..{fmt.levels - 1}"
@@ -246,6 +275,21 @@ def _absent(name: str, q: Any, *fields: str) -> None:
     for field in fields:
         if getattr(q, field) is not None:
             raise FormatError(f"{name}.{field}: {q.format.name} has none")
+
+
+def _check_parts(name: str, q: RowParts) -> None:
+    """Parts agree in columns and leading axes, and lie inside of the matrix."""
+    if len(q.parts) != len(q.starts):
+        raise FormatError(f"{name}.parts: expected as many parts as starts")
+    for i, (part, start) in enumerate(zip(q.parts, q.starts, strict=True)):
+        if not isinstance(part, QuantizedTensor):
+            raise FormatError(f"{name}.parts.{i}: expected a quantized tensor")
+        rows, cols = part.matrix
+        same = part.shape[:-2] == q.parts[0].shape[:-2] and cols == q.matrix[1]
+        if not same or start + rows > q.matrix[0]:
+            raise FormatError(
+                f"{name}.parts.{i}: {part!r} at row {start} does not fit {q.matrix}"
+            )
 
 
 def _check_wrapper(name: str, q: Wrapper) -> None:
@@ -282,11 +326,13 @@ def _check_wrapper(name: str, q: Wrapper) -> None:
             if leaf is not None:
                 _leaf_of_incoherent(f"{name}.{field}", leaf, lead, size)
     elif isinstance(q, LowRank):
-        rank = int(q.a.shape[-1])
+        _arrays(name, a=q.a, b=q.b)
+        rank = int(q.a.shape[-1]) if q.a.ndim else 0
         _leaf(f"{name}.a", q.a, (*lead, rows, rank), _FLOATS)
         _leaf(f"{name}.b", q.b, (*lead, rank, cols), _FLOATS)
     elif isinstance(q, WithOutliers):
-        count = (*lead, int(q.values.shape[-1]))
+        _arrays(name, values=q.values, rows=q.rows, cols=q.cols)
+        count = (*lead, int(q.values.shape[-1]) if q.values.ndim else 0)
         _leaf(f"{name}.values", q.values, count, _FLOATS)
         for field, index, size in (("rows", q.rows, rows), ("cols", q.cols, cols)):
             _leaf(f"{name}.{field}", index, count, ("int32", "uint16"))

@@ -5,7 +5,7 @@ repair and transposition are wrappers around any `QuantizedTensor`, so LLM.int8,
 GPTQ's act-order, AWQ without folding, QuaRot and LoRA-style repair need no classes of
 their own. Each is a pytree whose leaves share the leading axes of its base, and each
 states its logical weight; `qjax.ops.matmul` applies the operation to the activations
-or the result instead of the weight.
+or the result instead of the weight. `RowParts` is a weight made of several.
 """
 
 import abc
@@ -21,6 +21,8 @@ from qjax.tensor import QuantizedTensor, pytree_node
 
 ACTIVATIONS = {"int8": 127.0, "float8_e4m3fn": 448.0}
 """What activations can be rounded to, and the greatest code."""
+MAX_PARTS = 64
+"""Most parts of a `RowParts` in a file."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -261,6 +263,52 @@ def hadamard(
 
 @pytree_node
 @dataclasses.dataclass(frozen=True, repr=False)
+class RowParts(QuantizedTensor):
+    """`w[starts[p] : starts[p] + in_p] += parts[p]`, for every part, from zero.
+
+    Parts behind one another have groups of inputs in different formats (EXL2); parts
+    over one another refine each other (VPTQ's residual codes).
+
+    Attributes:
+      parts: tuple of weights `[*lead, in_p, out]`, in wrappers or not.
+      starts: the first input of each part.
+      matrix: logical `(in, out)`.
+      dtype: logical dtype name.
+    """
+
+    parts: Any
+    starts: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    matrix: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    dtype: str = dataclasses.field(default="float32", metadata={"static": True})
+
+    @property
+    def format(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Format of the first part."""
+        return self.parts[0].format
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape."""
+        return (*self.parts[0].shape[:-2], *self.matrix)
+
+    def windows(self) -> tuple[tuple[slice, QuantizedTensor], ...]:
+        """Every part and the inputs that it belongs to."""
+        placed = zip(self.starts, self.parts, strict=True)
+        return tuple((slice(at, at + q.matrix[0]), q) for at, q in placed)
+
+    def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
+        """See `QuantizedTensor.dequantize`; added in float32."""
+        total = jnp.zeros(self.shape, jnp.float32)
+        for rows, part in self.windows():
+            total = total.at[..., rows, :].add(part.dequantize(jnp.float32))
+        return total.astype(dtype or self.dtype)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self.parts))})"
+
+
+@pytree_node
+@dataclasses.dataclass(frozen=True, repr=False)
 class LayerOf(Wrapper):
     """`w = base[layer]`: one layer of a stack, not cut out of it.
 
@@ -311,9 +359,11 @@ def layer_of(tree: Any, layer: Any) -> Any:
         return isinstance(leaf, QuantizedTensor)
 
     def take(leaf):
+        if isinstance(leaf, tuple):
+            return tuple(map(take, leaf))
         if not packed(leaf):
             return jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)
-        if not isinstance(leaf, Wrapper):
+        if not isinstance(leaf, Wrapper | RowParts):
             return LayerOf(leaf, layer)
         fields = {
             f.name: getattr(leaf, f.name)

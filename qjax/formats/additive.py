@@ -24,6 +24,7 @@ from qjax.formats.base import FLOAT_SCALES, Format, check_choice
 from qjax.formats.grouping import Grouping
 
 MAX_CODEBOOKS = 8
+TABLES = (*FLOAT_SCALES, "float8_e4m3fn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Additive(Format):
       bits: width of the index of a vector, 8 to 16.
       group: weights per vector; divides `in`.
       scale_dtype: of the scales, one per output.
-      table_dtype: of the vectors.
+      table_dtype: of the vectors; also `float8_e4m3fn`, which holds QuIP#'s lattice.
 
     Raises:
       SpecError: a field is out of range.
@@ -57,7 +58,7 @@ class Additive(Format):
         check_choice(where, "codebooks", self.codebooks, counts)
         check_choice(where, "bits", self.bits, tuple(range(8, 17)))
         check_choice(where, "scale_dtype", self.scale_dtype, FLOAT_SCALES)
-        check_choice(where, "table_dtype", self.table_dtype, FLOAT_SCALES)
+        check_choice(where, "table_dtype", self.table_dtype, TABLES)
         if type(self.group) is not int or self.group < 1:
             raise SpecError(
                 f"{where}: group is {self.group!r}, expected a positive integer"

@@ -190,9 +190,10 @@ def divided(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "...
 
 def check_choice(where: str, name: str, got: Any, allowed: tuple) -> None:
     """Raises SpecError unless `got` is one of `allowed`."""
-    if got not in allowed:
+    kinds = {type(choice) for choice in allowed}  # 4.0 and True equal numbers
+    if got not in allowed or (isinstance(got, bool | float) and type(got) not in kinds):
         choices = ", ".join(map(repr, allowed))
-        raise SpecError(f"{where}: {name} is {got!r}, expected one of {choices}")
+        raise SpecError(f"{where}: {name} is {got!r:.200}, expected one of {choices}")
 
 
 def check_matrix(where: str, matrix: tuple[int, int], size: int, axis: int) -> None:

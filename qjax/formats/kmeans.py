@@ -32,7 +32,7 @@ _NF_OFFSET = 0.9677083  # the outermost quantile of NF4, before the table is nor
 
 @dataclasses.dataclass(frozen=True)
 class KMeans(TableFormat):
-    """A learned table of `2**bits` ascending values.
+    """A learned table of `2**bits` values, ascending but in files of SqueezeLLM.
 
     Bits per weight: `bits + 16 * 2**bits / in` without groups (float16 tables),
     `bits + 16 / group` with groups (float16 scales; the table is negligible).

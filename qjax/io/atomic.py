@@ -26,7 +26,7 @@ from typing import BinaryIO
 from qjax.errors import QjaxError, SpecError
 from qjax.io.files import shown
 
-MARKERS = ("qjax.json", "config.json")
+MARKERS = ("qjax.json", "config.json", "adapter_config.json")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -33,6 +33,7 @@ from qjax.wrappers import (
     LowRank,
     Permuted,
     Rotated,
+    RowParts,
     SplitInputs,
     Transposed,
     hadamard,
@@ -107,6 +108,8 @@ def _rows(w, ids, transpose):
         own = ids[:, None] == w.index[None, :]
         found = jnp.any(own, axis=1, keepdims=True)
         return jnp.where(found, own.astype(jnp.float32) @ rows, base)
+    if isinstance(w, RowParts):
+        return _rows_of_parts(w, ids, transpose)
     if isinstance(w, Rotated) and transpose:
         return hadamard(_rows(w.base, ids, True)) * w.signs.astype(jnp.float32)
     if isinstance(w, Incoherent) and w.right is None and transpose:
@@ -116,6 +119,21 @@ def _rows(w, ids, transpose):
         f"embed: cannot gather rows through {type(w).__name__}; use "
         "embed(ids, table.dequantize())"
     )
+
+
+def _rows_of_parts(w: RowParts, ids, transpose):
+    """Rows of all parts, added where they belong; see `_rows`."""
+    rows, cols = w.matrix
+    total = jnp.zeros((ids.shape[0], rows if transpose else cols), jnp.float32)
+    for at, part in w.windows():
+        if transpose:
+            own = _rows(part, ids, True)
+            total = total.at[:, at].add(own.astype(jnp.float32))
+            continue
+        own = _rows(part, jnp.clip(ids - at.start, 0, part.matrix[0] - 1), False)
+        inside = (ids >= at.start) & (ids < at.stop)
+        total = total + jnp.where(inside[:, None], own.astype(jnp.float32), 0.0)
+    return total
 
 
 def _column(q: LayoutTensor, i) -> Float[Array, " in"]:

@@ -33,6 +33,7 @@ from qjax.wrappers import (
     LowRank,
     Permuted,
     Rotated,
+    RowParts,
     SplitInputs,
     Transposed,
     hadamard,
@@ -212,7 +213,7 @@ def explain_grouped(rows: int, w: Any, dtype: Any = jnp.float32) -> str:
     transpose = False
     while isinstance(w, QuantizedTensor) and not isinstance(w, Packed):
         transpose ^= isinstance(w, Transposed)
-        w = w.base  # pyright: ignore[reportAttributeAccessIssue]
+        w = w.parts[0] if isinstance(w, RowParts) else w.base  # pyright: ignore[reportAttributeAccessIssue]
     if not isinstance(w, QuantizedTensor):
         return f"dense: lax.ragged_dot with a {w.dtype} array"
     platform = device.platform()
@@ -228,7 +229,7 @@ def _shape(w):
     if isinstance(w, LayerOf):
         return (*w.base.shape[1:-2], *w.matrix)
     if isinstance(w, QuantizedTensor) and not isinstance(w, Packed):
-        base = w.base  # pyright: ignore[reportAttributeAccessIssue]
+        base = w.parts[0] if isinstance(w, RowParts) else w.base  # pyright: ignore[reportAttributeAccessIssue]
         return (*_shape(base)[:-2], *w.matrix)
     return tuple(w.shape)
 
@@ -282,6 +283,8 @@ def _apply(x, group_sizes, w: Any, transpose, backend) -> Array:
         return y + _dense(inner, group_sizes, second, transpose)
     if isinstance(w, SplitInputs):
         return _split(x, group_sizes, w, transpose, backend)
+    if isinstance(w, RowParts):
+        return _parts(x, group_sizes, w, transpose, backend)
     if not isinstance(w, Incoherent | InputScaled | Permuted | Rotated):
         raise UnsupportedError(
             f"grouped_matmul: no rule for {type(w).__name__}; multiply expert by "
@@ -310,6 +313,18 @@ def _split(x, group_sizes, w: SplitInputs, transpose, backend):
     rest = x.at[at].set(jnp.zeros((), x.dtype), mode="drop")
     y = _apply(rest, group_sizes, w.base, False, backend)
     return y + _dense(own, group_sizes, w.rows, False)
+
+
+def _parts(x, group_sizes, w: RowParts, transpose, backend):
+    """The products of all parts, added in float32."""
+    rows, cols = w.matrix
+    y = jnp.zeros((x.shape[0], rows if transpose else cols), jnp.float32)
+    for at, part in w.windows():
+        own = _apply(
+            x if transpose else x[:, at], group_sizes, part, transpose, backend
+        )
+        y = y.at[:, at if transpose else slice(None)].add(own.astype(jnp.float32))
+    return y.astype(x.dtype)
 
 
 def _float_scale(w):

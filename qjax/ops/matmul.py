@@ -44,6 +44,7 @@ from qjax.wrappers import (
     Permuted,
     Rotated,
     RoundedInputs,
+    RowParts,
     SplitInputs,
     Transposed,
     WithOutliers,
@@ -137,7 +138,11 @@ def explain(
         transpose ^= isinstance(w, Transposed)
         if isinstance(w, RoundedInputs):
             activation = activation or w.activation
-        w = w.base  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(w, RowParts):
+            wrapped[-1] += f" (the first of {len(w.parts)})"
+            w = w.parts[0]
+        else:
+            w = w.base  # pyright: ignore[reportAttributeAccessIssue]
     via = f" inside {', '.join(wrapped)}" if wrapped else ""
     if not isinstance(w, QuantizedTensor):
         return f"dense: one matrix product with a {w.dtype} array{via}"
@@ -217,6 +222,8 @@ def _apply(x, w: Any, transpose, how: How):
         return _add_outliers(y, x, w.values, source, target)
     if isinstance(w, SplitInputs):
         return _split(x, w, transpose, how)
+    if isinstance(w, RowParts):
+        return _parts(x, w, transpose, how)
     if isinstance(w, Incoherent):
         first, second = ("right", "left") if transpose else ("left", "right")
         return w.leave(_apply(w.enter(x, first), w.base, transpose, how), second)
@@ -238,6 +245,19 @@ def _split(x, w: SplitInputs, transpose, how: How):
     own = jnp.take(x, w.index, axis=1, mode="fill", fill_value=0)
     rest = _apply(without(x, w), w.base, False, how)
     return rest + dense_product(own, w.rows, False)
+
+
+def _parts(x: Any, w: RowParts, transpose, how: How):
+    """The products of all parts, added in float32."""
+    if how.activation is not None:  # one scale for the whole row, not one per part
+        x = activations.straight_through(x, how.activation, how.x_scale)
+        how = How(how.backend)
+    rows, cols = w.matrix
+    y = jnp.zeros((x.shape[0], rows if transpose else cols), jnp.float32)
+    for at, part in w.windows():
+        own: Any = _apply(x if transpose else x[:, at], part, transpose, how)
+        y = y.at[:, at if transpose else slice(None)].add(own.astype(jnp.float32))
+    return y.astype(x.dtype)
 
 
 def _float_scale(w):

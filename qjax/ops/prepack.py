@@ -31,7 +31,7 @@ from qjax.tensor import (
     QuantizedTensor,
     pytree_node,
 )
-from qjax.wrappers import LayerOf, Wrapper
+from qjax.wrappers import LayerOf, RowParts, Wrapper
 
 _T = TypeVar("_T")
 TABLE = "embedding"
@@ -161,6 +161,8 @@ def _map(function: Any, tree: Any) -> Any:
         if isinstance(leaf, Wrapper):
             base = apply(leaf.base)
             return replaced(leaf, base=base)
+        if isinstance(leaf, RowParts):
+            return replaced(leaf, parts=tuple(map(apply, leaf.parts)))
         return function(leaf) if isinstance(leaf, QuantizedTensor) else leaf
 
     def place(path, leaf):

@@ -39,6 +39,7 @@ from qjax.wrappers import (
     Permuted,
     Rotated,
     RoundedInputs,
+    RowParts,
     SplitInputs,
     Transposed,
     WithOutliers,
@@ -110,6 +111,7 @@ def wrapped(name: str, base, rng):
             base, floats(3, COLS), jnp.full((LAYERS, 1), 1) * jnp.array([4, 40, ROWS])
         ),
         "outliers": lambda: WithOutliers(base, floats(5), index(ROWS), index(COLS)),
+        "row-parts": lambda: RowParts((base, base), (0, 0), base.matrix),
         "low-rank": lambda: LowRank(base, floats(ROWS, 2), floats(2, COLS)),
         "scaled-permuted": lambda: InputScaled(
             Permuted(base, perm.astype(jnp.int32)), vector()
@@ -127,6 +129,7 @@ WRAPPERS = (
     "static-inputs",
     "split-inputs",
     "outliers",
+    "row-parts",
     "low-rank",
     "scaled-permuted",
 )

@@ -120,12 +120,54 @@ def _open_json(path: Target) -> None:
     read_object(path)  # type: ignore[arg-type]
 
 
+def _open_packed(path: Target) -> None:
+    from qjax.converters.huggingface import Checkpoint
+    from qjax.converters.packed import PackedCheckpoint
+    from qjax.tensor import QuantizedTensor
+
+    with Checkpoint(path) as checkpoint:  # type: ignore[arg-type]
+        packed = PackedCheckpoint(checkpoint)
+        for name in packed.names():
+            leaf = packed.read(name)
+            quantized = isinstance(leaf, QuantizedTensor)
+            shape = leaf.dequantize("float32").shape[::-1] if quantized else leaf.shape
+            assert shape == packed.shape(name)
+
+
+def _load(path: Target) -> None:
+    import qjax
+
+    qjax.load(path, dtype="float32")
+
+
+def _open_adapter(path: Target) -> None:
+    from hostile_layers import LLAMA
+
+    from qjax.converters.adapters import attached
+    from qjax.converters.peft import read_adapter
+    from qjax.models import ModelConfig
+
+    list(attached(ModelConfig.from_hf(LLAMA), [], read_adapter(path)))
+
+
+def _open_artifact(path: Target) -> None:
+    from qjax.artifact import Artifact
+
+    for _, part in Artifact(path).parts():
+        for leaf in part.values():
+            assert leaf.dequantize("float32").shape == leaf.shape
+
+
 OPENERS: dict[str, Callable[[Target], None]] = {
     "safetensors": _open_safetensors,
     "shrinks": _open_shrinking,
     "torch": _open_torch,
     "checkpoint": _open_checkpoint,
     "json": _open_json,
+    "packed": _open_packed,
+    "load": _load,
+    "adapter": _open_adapter,
+    "artifact": _open_artifact,
 }
 GUARD = Guard()
 

@@ -6,17 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import hostile_json
+import hostile_layers
 import hostile_pickle
 import hostile_safetensors
+import numpy as np
 import pytest
+from hostile_case import model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qjax.converters.huggingface import Checkpoint
+from qjax.converters.packed import PackedCheckpoint
 from qjax.converters.state_pickle import parse_state
 from qjax.converters.torch_pickle import load_torch
 from qjax.errors import FormatError, IntegrityError, QjaxError
 from qjax.io.json import parse_object
 from qjax.io.safetensors import SafetensorsFile
+from qjax.tensor import QuantizedTensor
 
 fuzz = settings(
     max_examples=150,
@@ -139,3 +145,43 @@ def test_shard_names(name: str, tmp_path: Path) -> None:
     except QjaxError:
         return
     assert shards == ["x.safetensors"]
+
+
+_SIZE = st.sampled_from([1, 3, 8, 12, 33, 64, 96])
+_DTYPE = st.sampled_from(["int32", "int64", "int8", "uint8", "float16", "float32"])
+_SETTING: Any = st.one_of(_VALUE, st.lists(_VALUE, max_size=2), st.just({}))
+
+
+@fuzz
+@given(base=st.sampled_from([*hostile_layers.BASES]), data=st.data())
+def test_quantized_layers(base: str, data: Any, tmp_path: Path) -> None:
+    """Parts of other shapes and types, and settings of any value."""
+    config, layer = hostile_layers.BASES[base]
+    parts = dict(layer)
+    for part in data.draw(st.lists(st.sampled_from([*parts]), max_size=2)):
+        shape = data.draw(st.lists(_SIZE, max_size=3))
+        parts[part] = np.ones(shape, data.draw(_DTYPE)) if shape else None
+    if hostile_layers.NF4 in parts and data.draw(st.booleans()):
+        keys = st.sampled_from([*hostile_layers.NESTED])
+        state = hostile_layers.NESTED | data.draw(st.dictionaries(keys, _SETTING))
+        parts[hostile_layers.NF4] = hostile_layers.text(state)
+    keys = st.sampled_from([*config, "format", "checkpoint_format", "dynamic"])
+    changes = data.draw(st.dictionaries(keys, _SETTING, max_size=1))
+    model(
+        tmp_path,
+        {"model_type": "llama", "quantization_config": config | changes},
+        model__safetensors=hostile_layers.file_of(
+            {f"x.{part}": leaf for part, leaf in parts.items()}
+        ),
+    )
+    try:
+        with Checkpoint(tmp_path) as source:
+            packed = PackedCheckpoint(source)
+            for name in packed.names():
+                leaf = packed.read(name)
+                shape = leaf.shape
+                if isinstance(leaf, QuantizedTensor):
+                    shape = shape[::-1]
+                assert shape == packed.shape(name)
+    except QjaxError as error:
+        assert len(str(error)) < 1500

@@ -25,6 +25,7 @@ from qjax.wrappers import (
     LowRank,
     Permuted,
     Rotated,
+    RowParts,
     SplitInputs,
     Transposed,
     WithOutliers,
@@ -114,6 +115,7 @@ def wrap(q):
     scale = jnp.asarray(rng.uniform(0.5, 2.0, rows), jnp.float32)
     places = rng.choice(rows * cols, 30, replace=False)
     at = [jnp.asarray(p, jnp.int32) for p in np.unravel_index(places, q.matrix)]
+    other = quantize(random((40, cols), 11), Int(3, 8))
     return {
         "transposed": Transposed(q),
         "permuted": Permuted(q, perm),
@@ -122,6 +124,10 @@ def wrap(q):
         "rotated-int8": Rotated(q, signs.astype(jnp.int8)),
         "split": SplitInputs(q, random((3, cols), 7), jnp.array([5, rows, 17])),
         "low-rank": LowRank(q, random((rows, 3), 4), random((3, cols), 5)),
+        "parts-over-parts": RowParts((q, other), (0, 24), q.matrix),
+        "transposed-parts": Transposed(
+            RowParts((other, Permuted(q, perm)), (0, 40), (rows + 40, cols))
+        ),
         "outliers": WithOutliers(q, random((30,), 6), *at),
         "outliers-of-permuted-of-scaled": WithOutliers(
             Permuted(InputScaled(q, scale), perm), random((30,), 6), *at
