@@ -102,7 +102,7 @@ def cases():
     """Name, reference and ours."""
     for bits, group in ((4, 128), (3, 64), (2, 64)):
         fmt = Int(bits, group, symmetric=False, zero_dtype="uint8")
-        for kind, ours in (("gptq", GPTQ()), ("awq", AWQ(RTN()))):
+        for kind, ours in (("gptq", GPTQ()), ("awq", AWQ())):
             original = recipe(Cast("float16"), Original(kind, bits, group))
             yield f"{kind}-int{bits}-g{group}", original, recipe(fmt, ours)
 

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +21,19 @@ from qjax.artifact import (
     part_name,
     tensor_report,
 )
-from qjax.converters.adapters import attached
 from qjax.converters.huggingface import (
     TOKENIZER_FILES,
     Checkpoint,
     open_checkpoint,
 )
-from qjax.converters.packed import PackedCheckpoint
-from qjax.converters.peft import read_adapter
 from qjax.converters.shards import contained
 from qjax.errors import FormatError, SpecError, UnsupportedError
 from qjax.io.files import shown
 from qjax.tensor import QuantizedTensor, with_dtype
 from qjax.wrappers import Wrapper
+
+if TYPE_CHECKING:  # its many readers are imported when one is needed
+    from qjax.converters.packed import PackedCheckpoint
 
 
 def dense_parts(source: Checkpoint) -> Iterator[tuple[int | None, dict[str, Any]]]:
@@ -60,7 +60,7 @@ def dense_parts(source: Checkpoint) -> Iterator[tuple[int | None, dict[str, Any]
 
 
 def checkpoint_parts(
-    source: Checkpoint | PackedCheckpoint,
+    source: "Checkpoint | PackedCheckpoint",
 ) -> Iterator[tuple[int | None, dict[str, Any]]]:
     """Parameters of any checkpoint, part by part; quantized weights stay packed.
 
@@ -71,19 +71,20 @@ def checkpoint_parts(
     yield from _parts(open_packed(source) if isinstance(source, Checkpoint) else source)
 
 
-def open_packed(source: Checkpoint) -> PackedCheckpoint:
+def open_packed(source: Checkpoint) -> "PackedCheckpoint":
     """The tensors of a checkpoint with quantized weights as one tensor each.
 
     Raises:
       UnsupportedError, FormatError: see `checkpoint_parts`.
     """
+    from qjax.converters.packed import PackedCheckpoint
     from qjax.models import ModelConfig, plan
 
     entries = plan(ModelConfig.from_hf(source.config))
     return PackedCheckpoint(source, {entry.name: entry.shape for entry in entries})
 
 
-def _parts(source: PackedCheckpoint):
+def _parts(source: "PackedCheckpoint"):
     from qjax.models import ModelConfig, match, read_parts
 
     config = ModelConfig.from_hf(source.config)
@@ -162,6 +163,9 @@ def load(
             for name, part in parts
         )
         if adapter is not None:
+            from qjax.converters.adapters import attached
+            from qjax.converters.peft import read_adapter
+
             held = attached(config, held, read_adapter(adapter), recipe)
         for _, part in held:
             made.add(part)

@@ -21,15 +21,16 @@ from qjax.converters.huggingface import (
     open_checkpoint,
     write_checkpoint,
 )
-from qjax.converters.packed_write import EMBEDDINGS, WRITERS, Writer
-from qjax.converters.quanto import QuantoWriter
 from qjax.errors import SpecError, UnsupportedError
 from qjax.methods import quantize
 from qjax.quantize import quantize_checkpoint
 from qjax.recipes import Recipe
 from qjax.tensor import QuantizedTensor
 
-FORMATS = ("qjax", "safetensors", *WRITERS)
+OWN = ("qjax", "safetensors")
+FORMATS = (*OWN, "gptq", "gptq_v2", "awq", "bnb", "hqq", "compressed-tensors")
+FORMATS += ("quanto", "mlx")
+"""Formats to write; those of other libraries as in `converters.packed_write`."""
 
 
 @dataclasses.dataclass
@@ -117,6 +118,9 @@ def _write(
     target, config, parts, files, fmt, overwrite, requantize, report: Converted
 ) -> None:
     """A Hugging Face directory, whose config.json says how it is packed, if it is."""
+    from qjax.converters.packed_write import EMBEDDINGS, WRITERS
+    from qjax.converters.quanto import QuantoWriter
+
     plain = {k: v for k, v in config.items() if k not in (*SETTINGS, "quantization")}
     content: Any = plain
     more = None
@@ -187,7 +191,7 @@ def _dense(leaf: Any) -> np.ndarray:
     return np.asarray(leaf.dequantize() if isinstance(leaf, QuantizedTensor) else leaf)
 
 
-def _packer(writer: Writer, where: str, embeddings: bool, requantize: bool):
+def _packer(writer: Any, where: str, embeddings: bool, requantize: bool):
     """A function that packs one layer; None where its format keeps it dense."""
 
     def pack(entry: Any, part: Mapping[str, Any], report: Converted):

@@ -81,7 +81,7 @@ class Tokenizer:
         """One more than the largest id the tokenizer can produce."""
         count = self.backend.get_vocab_size()
         if self._largest is None or self._largest[0] != count:
-            self._largest = (count, max(self.backend.get_vocab().values()))
+            self._largest = (count, max(self.backend.get_vocab().values(), default=-1))
         return 1 + self._largest[1]
 
     @property

@@ -48,8 +48,9 @@ class GPTQ(Method):
         all inputs. With True, groups are formed in that order and the result is
         `Permuted`, unless scales are static or do not depend on the order.
       static_groups: choose the scales of all groups before the first row is rounded
-        (True), or each when the loop reaches it (False). None: False, except for scales
-        that are quantized themselves.
+        (True), or each when the loop reaches it (False). None: True for `minmax`, whose
+        extremes grow with the errors that rows take over, and for scales that are
+        quantized themselves; False for scales that are searched.
       range: how scales are chosen: `minmax`, `mse` (weighted by the Hessian's diagonal)
         or `hessian` (least error of the layer's output); see `qjax.methods.ranges`.
 
@@ -97,7 +98,10 @@ class GPTQ(Method):
         """See `Method.__call__`; `importance` is what the Hessian stands for."""
         del importance, key
         check_format(self.name, fmt, w)
-        static = is_static(fmt, self.static_groups, w.shape[0])
+        static = self.static_groups
+        if static is None and self.range == "minmax":
+            static = True
+        static = is_static(fmt, static, w.shape[0])
         if shared is None:
             shared = self.prepare([w], fmt, statistics)
         grouped = self.act_order == "group"

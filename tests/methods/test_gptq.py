@@ -37,11 +37,16 @@ def w(rng):
 
 
 REFERENCE = [
-    (asym(4, 32), GPTQ(), {}),
-    (Int(4, 32), GPTQ(damp=0.1), {"sym": True, "percdamp": 0.1}),
+    (asym(4, 32), GPTQ(static_groups=False), {}),
+    (asym(4, 32), GPTQ(), {"static_groups": True}),
+    (Int(4, 32), GPTQ(damp=0.1, static_groups=False), {"percdamp": 0.1}),
     (asym(3, "channel"), GPTQ(), {"group": None}),
-    (asym(3, 32), GPTQ(act_order=True), {"actorder": True}),
-    (asym(3, 32), GPTQ(act_order="group"), {"sorted_groups": True}),
+    (asym(3, 32), GPTQ(act_order=True, static_groups=False), {"actorder": True}),
+    (
+        asym(3, 32),
+        GPTQ(act_order="group", static_groups=False),
+        {"sorted_groups": True},
+    ),
     (
         asym(3, 32),
         GPTQ(act_order=True, static_groups=True),
@@ -97,7 +102,8 @@ def test_every_format_errs_less_than_round_to_nearest(x, w, fmt):
 
 def test_groups_in_activation_order_are_permuted(x, w):
     stats = statistics_of(x)
-    q = quantize(w, asym(2, 32), GPTQ(act_order=True), statistics=stats)
+    method = GPTQ(act_order=True, static_groups=False)
+    q = quantize(w, asym(2, 32), method, statistics=stats)
     assert isinstance(q, Permuted)
     order = np.argsort(-np.asarray(stats.hessian).diagonal(), kind="stable")
     np.testing.assert_array_equal(q.perm, order)

@@ -43,7 +43,8 @@ def plain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizers = pytest.importorskip("tokenizers")
-    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(folder / "tokenizer.json"))
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    made.save(str(folder / "tokenizer.json"))
     return folder
 
 
@@ -121,10 +122,11 @@ def expanded(model, plain):
 def test_bitsandbytes(kind, plain, tmp_path):
     model = load(plain, quantization_config=bits(kind))
     model.save_pretrained(tmp_path / "theirs")
-    got, rounded = ours(tmp_path / "theirs"), theirs(model)  # of activations
-    np.testing.assert_allclose(got, rounded, atol=0.02 * np.abs(got).max())
-    want = theirs(expanded(model, plain))
+    want = theirs(expanded(model, plain))  # before the first call re-packs weights
+    got = ours(tmp_path / "theirs")
     np.testing.assert_allclose(got, want, atol=2e-6)
+    rounded = theirs(model)  # activations to bfloat16 or 8 bits
+    np.testing.assert_allclose(got, rounded, atol=0.02 * np.abs(got).max())
 
     done = qjax.convert(tmp_path / "theirs", tmp_path / "ours", "bnb")
     assert len(done.exact) == 14 and done.kept == ["lm_head"] and not done.rounded
@@ -195,3 +197,45 @@ def test_layouts_of_auto_round_hold_the_same_weights(plain, tmp_path):
     for folder, kind in zip(folders[1:], ("gptq", "awq"), strict=True):
         qjax.convert(folder, tmp_path / f"ours-{kind}", kind)
         same_tensors(tmp_path / f"ours-{kind}", folder)
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_torchao(kind, plain, tmp_path):
+    module = pytest.importorskip("torchao.quantization")
+    configs = {"int8": module.Int8WeightOnlyConfig, "float8": None}
+    config = configs[kind] or module.Float8WeightOnlyConfig
+    config = config(version=2) if kind == "int8" else config()
+    model = load(plain, quantization_config=transformers.TorchAoConfig(config))
+    model.save_pretrained(tmp_path)
+    np.testing.assert_allclose(ours(tmp_path), theirs(model), atol=3e-6)
+
+
+@pytest.mark.parametrize("kind", ["qint8", "qint4", "qfloat8"])
+def test_quanto(kind, plain, tmp_path):
+    module = pytest.importorskip("optimum.quanto")
+    causal = module.QuantizedModelForCausalLM
+    weights = getattr(module, kind)
+    model = causal.quantize(load(plain), weights=weights, exclude="lm_head")
+    model.save_pretrained(tmp_path / "theirs")
+    want = theirs(model._wrapped)
+    np.testing.assert_allclose(ours(tmp_path / "theirs"), want, atol=3e-6)
+    done = qjax.convert(tmp_path / "theirs", tmp_path / "ours", "quanto")
+    assert len(done.exact) == 14 and not done.rounded
+    again = causal.from_pretrained(tmp_path / "ours")
+    np.testing.assert_allclose(theirs(again._wrapped.float()), want, atol=3e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_hqq(bits, plain, tmp_path):
+    core = pytest.importorskip("hqq.core.quantize")
+    hf = pytest.importorskip("hqq.models.hf.base").AutoHQQHFModel
+    model = load(plain)
+    config = core.BaseQuantizeConfig(nbits=bits, group_size=32, axis=1)
+    hf.quantize_model(model, config, compute_dtype=torch.float32, device="cpu")
+    hf.save_to_safetensors(model, str(tmp_path / "theirs"))
+    hf.cache_model(model, str(tmp_path / "theirs"))  # config.json
+    want = theirs(model)
+    np.testing.assert_allclose(ours(tmp_path / "theirs"), want, atol=3e-6)
+    done = qjax.convert(tmp_path / "theirs", tmp_path / "ours", "hqq")
+    assert len(done.exact) == 14 and not done.rounded
+    np.testing.assert_allclose(ours(tmp_path / "ours"), want, atol=3e-6)
