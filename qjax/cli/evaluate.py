@@ -45,6 +45,8 @@ class Evaluate:
     """Compute dtype; float32 on CPU and bfloat16 elsewhere by default."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
+    adapter: str | None = None
+    """PEFT adapter to put over the weights: directory or Hub id."""
     output: tyro.conf.OmitArgPrefixes[Output] = dataclasses.field(
         default_factory=Output
     )
@@ -58,7 +60,9 @@ class Evaluate:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise SpecError(f"{self.text}: is not UTF-8 text: {error}") from None
-        model, tokenizer = load(self.model, revision=self.revision, dtype=self.dtype)
+        model, tokenizer = load(
+            self.model, revision=self.revision, dtype=self.dtype, adapter=self.adapter
+        )
         model = prepack(model)
         baseline = None
         if self.baseline is not None:

@@ -47,13 +47,17 @@ class Generate:
     """Rotate keys, or keys and values, before a quantized cache rounds them."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
+    adapter: str | None = None
+    """PEFT adapter to put over the weights: directory or Hub id."""
     output: tyro.conf.OmitArgPrefixes[Output] = dataclasses.field(
         default_factory=Output
     )
 
     def run(self) -> None:
         """Loads, generates while printing, then prints speeds."""
-        model, tokenizer = load(self.model, revision=self.revision, dtype=self.dtype)
+        model, tokenizer = load(
+            self.model, revision=self.revision, dtype=self.dtype, adapter=self.adapter
+        )
         model = prepack(model)
         prompt: str | list[int] = self.prompt
         if self.chat:

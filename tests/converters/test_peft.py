@@ -12,6 +12,7 @@ import pytest
 import qjax
 from qjax.artifact import Artifact
 from qjax.checkpoint import Assets
+from qjax.cli import main
 from qjax.converters.adapters import attach, attached
 from qjax.converters.peft import Adapter, Factors, read_adapter, write_adapter
 from qjax.errors import FormatError, SpecError, UnsupportedError
@@ -382,3 +383,19 @@ def test_a_base_with_other_activations_is_refused(config, recipe):
         return
     with pytest.raises(UnsupportedError, match="rotated, or scales were folded"):
         attach(model, Adapter({LAYER: factors()}))
+
+
+def test_a_model_is_loaded_under_an_adapter(model_path, tmp_path, capsys):
+    base, _ = qjax.load(model_path)
+    rows, cols = base.params()[KERNEL].shape
+    layers = {LAYER: factors(rows=rows, cols=cols)}
+    made = Adapter(layers, r=4, alpha=8, target_modules=("q_proj",))
+    write_adapter(tmp_path / "adapter", made)
+    loaded, _ = qjax.load(model_path, adapter=tmp_path / "adapter")
+    tokens = np.arange(8)[None]
+    expected = attach(base, read_adapter(tmp_path / "adapter"))(tokens)[0]
+    np.testing.assert_array_equal(loaded(tokens)[0], expected)
+    assert np.abs(expected - base(tokens)[0]).max() > 0.01
+    asked = ["generate", str(model_path), "--prompt", "Once", "--max-tokens", "2"]
+    main([*asked, "--adapter", str(tmp_path / "adapter")])
+    assert capsys.readouterr().out
