@@ -203,7 +203,7 @@ class BitsAndBytesWriter:
                 "per output"
             )
         self._kinds.add(kind)
-        self._dtype = q.dtype
+        self._dtype = getattr(q, "dtype", "float32")
         if len({name for name, _ in self._kinds}) > 1:
             raise UnsupportedError(
                 f"{where}: is {kind[0]}, other layers are not; bitsandbytes has one "
@@ -236,7 +236,7 @@ def _write_four(q: CodebookTensor, where: str) -> dict[str, np.ndarray]:
     data = np.asarray(q.codes).T.reshape(-1)
     state = {"quant_type": fmt.name[:3], "blocksize": fmt.block}
     state |= {"dtype": q.dtype, "shape": [cols, rows]}
-    made = {"weight": ((data << 4) | (data >> 4))[:, None]}
+    made: dict[str, np.ndarray] = {"weight": ((data << 4) | (data >> 4))[:, None]}
     made["weight.quant_map"] = np.asarray(q.table(), np.float32)
     nested = q.scale
     if isinstance(nested, CodebookTensor):

@@ -33,7 +33,8 @@ class TorchFile:
 
     Attributes:
       file: The mapped file underneath.
-      tensors: Name to `TensorRef`, in the order of the checkpoint.
+      tensors: Name to `TensorRef`, in the order of the checkpoint; to an array where
+        the pickle holds the value itself (the settings of hqq's layers).
     """
 
     def __init__(
@@ -63,7 +64,8 @@ class TorchFile:
             state = parse_state(data, f"{self._where}: data.pkl")
             self.tensors = _flat(state, self._where)
             for name, ref in self.tensors.items():
-                self._check(name, ref)
+                if not isinstance(ref, np.ndarray):
+                    self._check(name, ref)
         except BaseException:
             self._zip.close()
             raise
@@ -84,7 +86,8 @@ class TorchFile:
 
     def dtype(self, name: str) -> np.dtype:
         """Return the dtype of a tensor."""
-        return _dtype(self._ref(name).dtype)
+        ref = self._ref(name)
+        return ref.dtype if isinstance(ref, np.ndarray) else _dtype(ref.dtype)
 
     def read(self, name: str) -> np.ndarray:
         """Return a tensor as a read-only view of the mapped file.
@@ -97,6 +100,8 @@ class TorchFile:
           IntegrityError: The CRC-32 of its storage does not match.
         """
         ref = self._ref(name)
+        if isinstance(ref, np.ndarray):
+            return ref
         dtype = _dtype(ref.dtype)
         key = self._member(ref)
         self._zip.check(key)
@@ -125,7 +130,7 @@ class TorchFile:
         """Close the file; views handed out stay valid until dropped."""
         self._zip.close()
 
-    def _ref(self, name: str) -> TensorRef:
+    def _ref(self, name: str) -> TensorRef | np.ndarray:
         try:
             return self.tensors[name]
         except KeyError:
@@ -213,7 +218,7 @@ def _refuse_legacy(
     raise FormatError(f"{shown(path)}: not a PyTorch checkpoint (not a zip archive)")
 
 
-def _flat(state: Any, where: str) -> dict[str, TensorRef]:
+def _flat(state: Any, where: str) -> dict[str, TensorRef | np.ndarray]:
     """Return the flat dict of tensors in a parsed pickle."""
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
@@ -221,6 +226,12 @@ def _flat(state: Any, where: str) -> dict[str, TensorRef]:
         raise FormatError(
             f"{where}: holds a {type(state).__name__}, expected a dict of tensors"
         )
+    if any(isinstance(value, Mapping) for value in state.values()):
+        from qjax.converters.hqq_parts import flat_state
+
+        flat = flat_state(state, where)  # hqq's qmodel.pt nests one dict per module
+        check_names(flat, where)
+        return flat
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, TensorRef):
             raise FormatError(

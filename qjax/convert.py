@@ -122,30 +122,27 @@ def _write(
     from qjax.converters.quanto import QuantoWriter
 
     plain = {k: v for k, v in config.items() if k not in (*SETTINGS, "quantization")}
-    content: Any = plain
-    more = None
     if fmt == "safetensors":
         tensors = _tensors(plain, parts, lambda *_: None, report)
-    else:
-        writer = WRITERS[fmt]()
-        where = os.fspath(target)
-        pack = _packer(writer, where, fmt in EMBEDDINGS, requantize)
-        tensors = _tensors(plain, parts, pack, report)
+        write_checkpoint(target, plain, tensors, files, overwrite=overwrite)
+        return
+    writer, where = WRITERS[fmt](), os.fspath(target)
+    pack = _packer(writer, where, fmt in EMBEDDINGS, requantize)
+    tensors = _tensors(plain, parts, pack, report)
 
-        def content() -> Mapping[str, Any]:
-            if not report.exact and not report.rounded:
-                raise SpecError(
-                    f"{where}: the source has no quantized weights; quantize it first "
-                    "(qjax quantize), or convert it to safetensors"
-                )
-            settings = writer.settings(report.kept)
-            own = {"quantization": settings} if fmt == "mlx" else {}
-            return plain | {"quantization_config": settings} | own
+    def content() -> Mapping[str, Any]:
+        if not report.exact and not report.rounded:
+            raise SpecError(
+                f"{where}: the source has no quantized weights; quantize it first "
+                "(qjax quantize), or convert it to safetensors"
+            )
+        settings = writer.settings(report.kept)
+        own = {"quantization": settings} if fmt == "mlx" else {}
+        return plain | {"quantization_config": settings} | own
 
-        if isinstance(writer, QuantoWriter):
-
-            def more() -> Mapping[str, Any]:
-                return {"quanto_qmap.json": writer.map()}
+    def more() -> Mapping[str, Any]:
+        quanto = isinstance(writer, QuantoWriter)
+        return {"quanto_qmap.json": writer.map()} if quanto else {}
 
     write_checkpoint(target, content, tensors, files, more=more, overwrite=overwrite)
 

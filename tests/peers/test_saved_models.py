@@ -225,15 +225,19 @@ def test_quanto(kind, plain, tmp_path):
     np.testing.assert_allclose(theirs(again._wrapped.float()), want, atol=3e-6)
 
 
+@pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("bits", [4, 2])
-def test_hqq(bits, plain, tmp_path):
+def test_hqq(bits, pickled, plain, tmp_path):
     core = pytest.importorskip("hqq.core.quantize")
     hf = pytest.importorskip("hqq.models.hf.base").AutoHQQHFModel
     model = load(plain)
     config = core.BaseQuantizeConfig(nbits=bits, group_size=32, axis=1)
     hf.quantize_model(model, config, compute_dtype=torch.float32, device="cpu")
-    hf.save_to_safetensors(model, str(tmp_path / "theirs"))
-    hf.cache_model(model, str(tmp_path / "theirs"))  # config.json
+    if pickled:  # qmodel.pt, nested
+        hf.save_quantized(model, str(tmp_path / "theirs"))
+    else:
+        hf.save_to_safetensors(model, str(tmp_path / "theirs"))
+        hf.cache_model(model, str(tmp_path / "theirs"))  # config.json
     want = theirs(model)
     np.testing.assert_allclose(ours(tmp_path / "theirs"), want, atol=3e-6)
     done = qjax.convert(tmp_path / "theirs", tmp_path / "ours", "hqq")
