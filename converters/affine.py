@@ -211,3 +211,23 @@ def integers(q: QuantizedTensor, where: str) -> Integers:
     return Integers(
         codes, scale, zero, symmetric, fmt.bits, min(group, rows), index, base.dtype
     )
+
+
+def half_scales(q: QuantizedTensor) -> QuantizedTensor | None:
+    """The same codes with scales rounded to float16.
+
+    Returns:
+      None when `q` is no integer weight, or a scale overflows or vanishes.
+    """
+    if isinstance(q, Permuted):
+        base = half_scales(q.base)
+        return None if base is None else dataclasses.replace(q, base=base)
+    if not isinstance(q, AffineTensor):
+        return None
+    wide = np.asarray(q.scales())
+    with np.errstate(over="ignore"):
+        scale = wide.astype(np.float16)
+    if not np.isfinite(scale).all() or np.any((scale == 0) & (wide != 0)):
+        return None
+    fmt = dataclasses.replace(q.format, scale_dtype="float16")
+    return dataclasses.replace(q, scale=scale, format=fmt)

@@ -25,7 +25,6 @@ import numpy as np
 from qjax.converters.affine import affine, group_of, integers, zero_of_bias
 from qjax.converters.checks import finite
 from qjax.converters.gptq import check_integers
-from qjax.converters.overrides import layer_name
 from qjax.converters.words import codes_of, stream, transposed, words_of
 from qjax.errors import FormatError, UnsupportedError
 from qjax.formats import Int
@@ -161,7 +160,8 @@ class AWQWriter:
     fallback = Int(4, 128, symmetric=False, scale_dtype="float16", zero_dtype="uint8")
 
     def __init__(self):
-        self._groups: dict[str, int] = {}
+        self._groups: set[int] = set()
+        self._whole: set[int] = set()
 
     def write(self, q: QuantizedTensor, where: str) -> dict[str, np.ndarray]:
         """`qweight`, `qzeros` and `scales` of a weight, in the GEMM layout.
@@ -178,13 +178,14 @@ class AWQWriter:
                 f"outputs; got {cols} outputs"
                 + ("" if x.index is None else " and groups out of order")
             )
-        group = -1 if x.group >= rows else x.group
-        if others := set(self._groups.values()) - {group}:
+        (self._groups if x.group < rows else self._whole).add(x.group)
+        # One scale per output is also one group of all inputs.
+        if len(self._groups | (self._whole if self._groups else set())) > 1:
+            sizes = ", ".join(map(str, sorted(self._groups | self._whole)))
             raise UnsupportedError(
-                f"{where}: has groups of {group}, other layers of {others.pop()} (-1: "
-                "one per output); AWQ has one group size for all"
+                f"{where}: has groups of {x.group}, which makes groups of {sizes} in "
+                "all; AWQ has one group size for all layers"
             )
-        self._groups[layer_name(where)] = group
         return {
             "qweight": _words(x.codes),
             "qzeros": _words(x.zero.astype(np.uint8)),
@@ -197,7 +198,7 @@ class AWQWriter:
             "quant_method": "awq",
             "version": "gemm",
             "bits": 4,
-            "group_size": next(iter(self._groups.values())),
+            "group_size": next(iter(self._groups), -1),
             "zero_point": True,
             "modules_to_not_convert": list(kept) or None,
         }

@@ -15,6 +15,7 @@ import numpy as np
 
 from qjax.artifact import Artifact, is_artifact
 from qjax.checkpoint import Assets, checkpoint_parts, open_packed, write_artifact
+from qjax.converters.affine import half_scales
 from qjax.converters.detect import SETTINGS
 from qjax.converters.huggingface import (
     TOKENIZER_FILES,
@@ -22,6 +23,7 @@ from qjax.converters.huggingface import (
     write_checkpoint,
 )
 from qjax.errors import SpecError, UnsupportedError
+from qjax.formats import Int
 from qjax.methods import quantize
 from qjax.quantize import quantize_checkpoint
 from qjax.recipes import Recipe
@@ -72,8 +74,9 @@ def convert(
         codes are those of the source).
       revision: of a Hub id.
       overwrite: replace an existing model directory.
-      requantize: round weights again that the format of another library cannot hold
-        exactly, rather than refuse them.
+      requantize: round what the format of another library cannot hold exactly, rather
+        than refuse it: the scales alone to float16 where that is enough, otherwise the
+        weight to the format's usual settings.
 
     Returns:
       What became of the weights.
@@ -209,9 +212,18 @@ def _packer(writer: Any, where: str, embeddings: bool, requantize: bool):
             if entry.embedding and not embeddings:
                 return None
             report.rounded[layer] = str(error)
+        try:  # it may be the dtype of scales alone
+            halved = half_scales(entry.write_packed(part))
+            if halved is not None:
+                return writer.write(halved, name)
+        except UnsupportedError:
+            pass
         dense = entry.write({path: _dense(part[path]) for path in entry.paths})
         kernel = dense if not entry.kind.transposed else dense.T
         kernel = dense.T if entry.embedding else kernel
-        return writer.write(quantize(kernel, writer.fallback), name)
+        fmt = writer.fallback
+        if isinstance(fmt, Int) and isinstance(fmt.group, int):
+            fmt = dataclasses.replace(fmt, group=min(fmt.group, kernel.shape[0]))
+        return writer.write(quantize(kernel, fmt), name)
 
     return pack
