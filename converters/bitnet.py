@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from qjax.converters.words import transposed
 from qjax.errors import FormatError, UnsupportedError
 from qjax.formats import Int
 from qjax.tensor import AffineTensor, QuantizedTensor
@@ -79,8 +80,7 @@ def _along_inputs(packed: np.ndarray) -> np.ndarray:
     spare = -cols % 4
     if spare:
         packed = np.pad(packed, [(0, 0), (0, spare)])
-    words = np.ascontiguousarray(packed).view("<u4")  # four inputs
-    words = np.ascontiguousarray(words.T)
+    words = transposed(np.ascontiguousarray(packed).view("<u4"))  # four inputs
     made = np.empty((len(words), 4, rows), np.uint8)
     for i in range(4):
         field = (words >> np.uint32(2 * i)) & np.uint32(0x03030303)
