@@ -15,6 +15,7 @@ from qjax.tensor import QuantizedTensor
 MOST_STEPS = 10_000_000
 """Ways in which a pattern may be tried on a name; about a second."""
 LONGEST = 500
+_PIECE = 1 << 18
 _ATOMS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?(?:P?<?[=!:]|P<\w+>)?", re.S)
 
 
@@ -46,7 +47,12 @@ def finite(leaf: Any, where: str) -> None:
         return
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return
-    bad = _not_finite(np.asarray(leaf))
+    leaf = np.asarray(leaf)
+    flat = leaf.reshape(-1)  # in pieces, which stay in the cache
+    starts = range(0, flat.size, _PIECE)
+    if not any(_not_finite(flat[i : i + _PIECE]).any() for i in starts):
+        return
+    bad = _not_finite(leaf)
     count = int(np.count_nonzero(bad))
     if count:
         first = [int(i) for i in np.unravel_index(int(np.argmax(bad)), bad.shape)]
@@ -61,8 +67,10 @@ def _not_finite(x: np.ndarray) -> np.ndarray:
     if x.dtype.itemsize == 1:
         every = np.arange(256, dtype=np.uint8).view(x.dtype).astype(np.float32)
         codes = np.flatnonzero(~np.isfinite(every)).astype(np.uint8)
-        found = [x.view(np.uint8) == code for code in codes]
-        return np.logical_or.reduce(found) if found else np.zeros(x.shape, bool)
+        found = np.zeros(x.shape, bool)
+        for code in codes:
+            found |= x.view(np.uint8) == code
+        return found
     if x.dtype.itemsize == 2:
         exponent = np.uint16(0x7C00 if x.dtype == np.float16 else 0x7F80)
         return (x.view(np.uint16) & exponent) == exponent

@@ -103,14 +103,14 @@ def _packed(parts, weights, where: str) -> QuantizedTensor:
         zero = np.ascontiguousarray(zero)
     elif zero is not None:
         zero = transposed(zero).astype(np.int32) + 2 ** (bits - 1)
-    codes = _bit_string(np.ascontiguousarray(words.T), bits, rows, where)
+    codes = _bit_string(transposed(words), bits, rows, where)
     return _affine(parts, weights, codes, zero, (rows, cols), where)
 
 
 def _integers(parts, weights, where: str) -> QuantizedTensor:
     """int8 codes of any width, one per byte."""
     half = 2 ** (_width(weights, where) - 1)
-    codes = (parts["weight"].T.astype(np.int16) + half).astype(np.uint8)
+    codes = transposed(parts["weight"]).view(np.uint8) + np.uint8(half)
     zero = parts.get("weight_zero_point")
     if zero is not None:
         zero = transposed(zero).astype(np.int32) + half

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from qjax.converters.words import transposed as _turned
 from qjax.errors import FormatError, UnsupportedError
 from qjax.formats import FP8, MXFP4, MXFP8, NVFP4
 from qjax.tensor import MinifloatTensor
@@ -20,9 +21,11 @@ ELEMENTS = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 
 
 def transposed(leaf: np.ndarray) -> np.ndarray:
-    """Scales `[out, groups]`, `[out]` or one alone as `[groups, out]`."""
+    """`[..., a, b]` as `[..., b, a]`; `[out]` or one alone as `[1, out]`."""
     wide = leaf if leaf.ndim > 1 else leaf.reshape(-1, 1)
-    return np.ascontiguousarray(np.swapaxes(wide, -1, -2))
+    if wide.ndim == 2:
+        return _turned(wide)
+    return np.stack([_turned(one) for one in wide])
 
 
 def fp8(
@@ -46,7 +49,7 @@ def fp8(
       FormatError: a scale is not a float.
       UnsupportedError: another element, or scales for other parts of the weight.
     """
-    codes, scale = np.swapaxes(weight, -1, -2), _multiplier(scale, where)
+    codes, scale = transposed(weight), _multiplier(scale, where)
     element = ELEMENTS.get(codes.dtype.name)
     lead, matrix = codes.shape[:-2], codes.shape[-2:]
     single = scale.size == 1 and not lead and granularity != "block"
@@ -87,7 +90,7 @@ def mxfp8(weight: np.ndarray, scale: np.ndarray, where: str) -> MinifloatTensor:
     element = ELEMENTS.get(weight.dtype.name)
     if element is None:
         raise FormatError(f"{where}: codes are {weight.dtype}, expected float8")
-    codes = weight.T
+    codes = transposed(weight)
     fmt = MXFP8(element)
     scale = _exponents(scale, fmt, codes.shape, where)
     return MinifloatTensor(codes, scale, None, fmt, codes.shape, "bfloat16")
@@ -113,7 +116,7 @@ def fp4(
             f"{where}: codes are {packed.dtype} {list(packed.shape)}, expected bytes "
             "[out, in / 2]"
         )
-    codes = np.swapaxes(packed.view(np.uint8), -1, -2)
+    codes = transposed(packed.view(np.uint8))
     matrix = (codes.shape[-2] * 2, codes.shape[-1])
     if divisor is None:
         fmt = MXFP4()

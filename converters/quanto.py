@@ -158,7 +158,7 @@ def _bits(words: int, count: int, kind: Any, where: str) -> int:
 
 def _placed(leaf: np.ndarray, cols: int) -> np.ndarray:
     """Statistics of groups as `[groups, out]`."""
-    return np.ascontiguousarray(leaf.reshape(cols, -1).T)
+    return transposed(leaf.reshape(cols, -1))
 
 
 def _eight(parts: Mapping[str, np.ndarray], where: str) -> QuantizedTensor:

@@ -148,4 +148,10 @@ def _fill(stacks: dict[str, Any], own: Mapping[str, Any], place: int) -> None:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _written(stack: Array, leaf: Array, place: Array) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, leaf, place, 0)
+    kind = stack.dtype
+    if kind.itemsize == 1:  # XLA copies float8 value by value, bytes as they are
+        stack, leaf = (
+            jax.lax.bitcast_convert_type(x, jnp.uint8) for x in (stack, leaf)
+        )
+    made = jax.lax.dynamic_update_index_in_dim(stack, leaf, place, 0)
+    return made if kind == made.dtype else jax.lax.bitcast_convert_type(made, kind)
