@@ -35,7 +35,6 @@ ALIASES = {
     "intel/auto-round": "auto-round",
     "intel/auto_round": "auto-round",
     "auto_round": "auto-round",
-    "quip": "quip_sharp",
     "modelopt_fp4": "modelopt",
 }
 
@@ -253,7 +252,6 @@ GUESSES: dict[str, Guess] = {
     ),
     "hqq": _has("W_q", "scale"),
     "aqlm": _has("codebooks", "codes", "scales"),
-    "quip_sharp": _has("Qidxs", "SU", "SV"),
     "exl3": _has("trellis"),
     "exl2": _has("q_weight", "q_scale"),
     "vptq": _has("indices", "centroids.weight"),

@@ -39,7 +39,6 @@ from qjax.converters.modelopt import ModelOpt
 from qjax.converters.mxfp4 import GptOss
 from qjax.converters.quanto import Quanto
 from qjax.converters.quark import Quark
-from qjax.converters.quip import QuIP
 from qjax.converters.spqr import SpQR
 from qjax.converters.squeezellm import SqueezeLLM
 from qjax.converters.torchao import TorchAO
@@ -86,7 +85,7 @@ READERS: dict[str, Any] = {
     for reader in (
         *(AutoRound, GPTQ, AWQ, BitsAndBytes, HQQ, CompressedTensors, Quanto, TorchAO),
         *(MLX, BlockFP8, FbgemmFP8, ModelOpt, Quark, FPQuant, GptOss, BitNet),
-        *(SpQR, AQLM, VPTQ, QuIP, SqueezeLLM, EXL2, EXL3),
+        *(SpQR, AQLM, VPTQ, SqueezeLLM, EXL2, EXL3),
     )
 }
 """Readers by `quant_method`: called with the settings and what errors say."""

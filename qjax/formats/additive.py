@@ -36,7 +36,7 @@ class Additive(Format):
       bits: width of the index of a vector, 8 to 16.
       group: weights per vector; divides `in`.
       scale_dtype: of the scales, one per output.
-      table_dtype: of the vectors; also `float8_e4m3fn`, which holds QuIP#'s lattice.
+      table_dtype: of the vectors; also `float8_e4m3fn`, which holds small lattices.
 
     Raises:
       SpecError: a field is out of range.
