@@ -226,7 +226,7 @@ def _flat(state: Any, where: str) -> dict[str, TensorRef | np.ndarray]:
         raise FormatError(
             f"{where}: holds a {type(state).__name__}, expected a dict of tensors"
         )
-    if any(isinstance(value, Mapping) for value in state.values()):
+    if any(isinstance(value, Mapping) and "W_q" in value for value in state.values()):
         from qjax.converters.hqq_parts import flat_state
 
         flat = flat_state(state, where)  # hqq's qmodel.pt nests one dict per module
