@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from qjax.converters.affine import affine, group_of
-from qjax.converters.floats import fp4, fp8, mxfp8, transposed
+from qjax.converters.floats import by_inputs, fp4, fp8, mxfp8
 from qjax.converters.marlin_24 import marlin_24
 from qjax.converters.words import codes_of, stream
 from qjax.errors import FormatError, UnsupportedError
@@ -102,25 +102,25 @@ def _packed(parts, weights, where: str) -> QuantizedTensor:
         zero = codes_of(data, bits, cols).astype(np.int32).T
         zero = np.ascontiguousarray(zero)
     elif zero is not None:
-        zero = transposed(zero).astype(np.int32) + 2 ** (bits - 1)
-    codes = _bit_string(transposed(words), bits, rows, where)
+        zero = by_inputs(zero).astype(np.int32) + 2 ** (bits - 1)
+    codes = _bit_string(by_inputs(words), bits, rows, where)
     return _affine(parts, weights, codes, zero, (rows, cols), where)
 
 
 def _integers(parts, weights, where: str) -> QuantizedTensor:
     """int8 codes of any width, one per byte."""
     half = 2 ** (_width(weights, where) - 1)
-    codes = transposed(parts["weight"]).view(np.uint8) + np.uint8(half)
+    codes = by_inputs(parts["weight"]).view(np.uint8) + np.uint8(half)
     zero = parts.get("weight_zero_point")
     if zero is not None:
-        zero = transposed(zero).astype(np.int32) + half
+        zero = by_inputs(zero).astype(np.int32) + half
     return _affine(parts, weights, codes, zero, codes.shape, where, unpacked=True)
 
 
 def _affine(
     parts, weights, codes, zero, matrix, where: str, unpacked: bool = False
 ) -> QuantizedTensor:
-    scale = transposed(parts["weight_scale"])
+    scale = by_inputs(parts["weight_scale"])
     if not np.issubdtype(scale.dtype, np.floating) and scale.dtype.name != "bfloat16":
         raise FormatError(
             f"{where}.weight_scale: is {scale.dtype}, expected floating numbers"

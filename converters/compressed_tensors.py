@@ -35,7 +35,7 @@ import numpy as np
 from qjax.converters.activations import Activations
 from qjax.converters.checks import fits, pattern
 from qjax.converters.compressed_parts import dense, weight_of
-from qjax.converters.overrides import layer_name
+from qjax.converters.overrides import layer_name, object_of
 from qjax.errors import FormatError, UnsupportedError
 from qjax.tensor import QuantizedTensor
 
@@ -83,7 +83,7 @@ class CompressedTensors:
 
     def __init__(self, settings: Mapping[str, Any], where: str):
         groups = settings.get("config_groups") or {}
-        sparsity = _object(settings, "sparsity_config", where)
+        sparsity = object_of(settings, "sparsity_config", where)
         if not isinstance(groups, Mapping) or not (groups or sparsity):
             raise FormatError(f"{where}: quantization_config has no config_groups")
         for name, scheme in groups.items():
@@ -103,7 +103,7 @@ class CompressedTensors:
                 f"{where}: sparsity of compressed-tensors in the format "
                 f"{sparsity.get('format')!r} is not read; expected {', '.join(SPARSE)}"
             )
-        transforms = _object(settings, "transform_config", where)
+        transforms = object_of(settings, "transform_config", where)
         if transforms.get("config_groups", transforms):
             raise UnsupportedError(
                 f"{where}: transforms of compressed-tensors are not read; save the "
@@ -176,13 +176,6 @@ class CompressedTensors:
             return self._activations.left(made, what)
         scale = None if scheme.get("dynamic", False) else parts.get("input_scale")
         return self._activations.rounded(made, activation, scale, where)
-
-
-def _object(settings: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    found = settings.get(key) or {}
-    if not isinstance(found, Mapping):
-        raise FormatError(f"{where}: {key} is {found!r:.200}, expected an object")
-    return found
 
 
 def _rank(target: str | re.Pattern[str], name: str) -> int | None:

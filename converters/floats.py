@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qjax.converters.words import transposed as _turned
+from qjax.converters.words import transposed
 from qjax.errors import FormatError, UnsupportedError
 from qjax.formats import FP8, MXFP4, MXFP8, NVFP4
 from qjax.tensor import MinifloatTensor
@@ -20,12 +20,18 @@ FLOATS = ("float32", "bfloat16", "float16")
 ELEMENTS = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 
 
-def transposed(leaf: np.ndarray) -> np.ndarray:
+def shape_of(weight: Any) -> tuple[int, int]:
+    """`(out, in)` of codes `[out, n]`; two codes lie in a uint8."""
+    rows, cols = weight.shape
+    return rows, cols * (2 if weight.dtype == np.uint8 else 1)
+
+
+def by_inputs(leaf: np.ndarray) -> np.ndarray:
     """`[..., a, b]` as `[..., b, a]`; `[out]` or one alone as `[1, out]`."""
     wide = leaf if leaf.ndim > 1 else leaf.reshape(-1, 1)
     if wide.ndim == 2:
-        return _turned(wide)
-    return np.stack([_turned(one) for one in wide])
+        return transposed(wide)
+    return np.stack([transposed(one) for one in wide])
 
 
 def fp8(
@@ -49,11 +55,11 @@ def fp8(
       FormatError: a scale is not a float.
       UnsupportedError: another element, or scales for other parts of the weight.
     """
-    codes, scale = transposed(weight), _multiplier(scale, where)
+    codes, scale = by_inputs(weight), _multiplier(scale, where)
     element = ELEMENTS.get(codes.dtype.name)
     lead, matrix = codes.shape[:-2], codes.shape[-2:]
     single = scale.size == 1 and not lead and granularity != "block"
-    scale = transposed(scale.reshape(1, 1) if single else scale)
+    scale = by_inputs(scale.reshape(1, 1) if single else scale)
     kinds = ("tensor", "channel", "block") if granularity is None else (granularity,)
     shapes = {k: FP8("e4m3", k).grouping(matrix).scale_shape for k in kinds}
     found = next((k for k in kinds if scale.shape == (*lead, *shapes[k])), None)
@@ -90,7 +96,7 @@ def mxfp8(weight: np.ndarray, scale: np.ndarray, where: str) -> MinifloatTensor:
     element = ELEMENTS.get(weight.dtype.name)
     if element is None:
         raise FormatError(f"{where}: codes are {weight.dtype}, expected float8")
-    codes = transposed(weight)
+    codes = by_inputs(weight)
     fmt = MXFP8(element)
     scale = _exponents(scale, fmt, codes.shape, where)
     return MinifloatTensor(codes, scale, None, fmt, codes.shape, "bfloat16")
@@ -116,13 +122,13 @@ def fp4(
             f"{where}: codes are {packed.dtype} {list(packed.shape)}, expected bytes "
             "[out, in / 2]"
         )
-    codes = transposed(packed.view(np.uint8))
+    codes = by_inputs(packed.view(np.uint8))
     matrix = (codes.shape[-2] * 2, codes.shape[-1])
     if divisor is None:
         fmt = MXFP4()
         scale = _exponents(scale, fmt, matrix, where, codes.shape[:-2])
         return MinifloatTensor(codes, scale, None, fmt, matrix, "bfloat16")
-    fmt, scale = NVFP4(), transposed(scale)
+    fmt, scale = NVFP4(), by_inputs(scale)
     expected = (*codes.shape[:-2], *fmt.grouping(matrix).scale_shape)
     if scale.shape != expected or scale.dtype.name != "float8_e4m3fn":
         raise FormatError(
@@ -145,7 +151,7 @@ def _exponents(scale, fmt, matrix, where: str, lead: tuple[int, ...] = ()):
     """E8M0 scales `[*lead, groups, out]` in uint8."""
     if scale.dtype.name == "float8_e8m0fnu":
         scale = scale.view(np.uint8)
-    scale = transposed(scale)
+    scale = by_inputs(scale)
     expected = (*lead, *fmt.grouping(matrix).scale_shape)
     if scale.dtype != np.uint8 or scale.shape != expected:
         raise FormatError(

@@ -19,6 +19,7 @@ Reference: AutoGPTQ `nn_modules/qlinear/qlinear_cuda.py`; GPTQModel
 """
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ import numpy as np
 
 from qjax.converters.affine import Integers, affine, group_of, integers
 from qjax.converters.marlin import marlin_codes, marlin_scales
-from qjax.converters.overrides import Overrides, layer_name
+from qjax.converters.overrides import Overrides, layer_name, usual
 from qjax.converters.words import codes_of, planar_codes, stream, words_of
 from qjax.errors import FormatError, UnsupportedError
 from qjax.formats import Int
@@ -223,13 +224,13 @@ class GPTQWriter:
     def settings(self, kept: Sequence[str]) -> dict[str, Any]:
         """`quantization_config` of the layers written so far."""
         facts = list(self._facts.values())
-        common = max(set(facts), key=facts.count)
+        common = usual(facts)
         dynamic: dict[str, Any] = {
-            f"+:^{name.replace('.', chr(92) + '.')}$": _override(own)
+            f"+:^{re.escape(name)}$": _override(own)
             for name, own in self._facts.items()
             if own[:2] != common[:2]
         }
-        dynamic |= {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in kept}
+        dynamic |= {f"-:^{re.escape(name)}$": {} for name in kept}
         return {
             "quant_method": "gptq",
             "checkpoint_format": self.layout,

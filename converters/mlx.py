@@ -21,7 +21,7 @@ import numpy as np
 
 from qjax.converters.affine import integers
 from qjax.converters.biases import affine_of_bias, bias_of_zero
-from qjax.converters.overrides import layer_name
+from qjax.converters.overrides import layer_name, usual
 from qjax.converters.words import transposed, words_of
 from qjax.errors import FormatError, UnsupportedError
 from qjax.formats import MXFP4, MXFP8, NVFP4, Int
@@ -180,8 +180,7 @@ class MLXWriter:
 
     def settings(self, kept: Sequence[str]) -> dict[str, Any]:
         """`quantization` of config.json, of the layers written so far."""
-        facts = list(self._facts.values())
-        common = max(set(facts), key=facts.count)
+        common = usual(self._facts.values())
         return {
             **_settings(common),
             **{

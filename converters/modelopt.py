@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.converters.activations import Activations
-from qjax.converters.floats import fp4, fp8, mxfp8
+from qjax.converters.floats import fp4, fp8, mxfp8, shape_of
 from qjax.converters.overrides import layer_name
 from qjax.errors import FormatError, UnsupportedError
 from qjax.tensor import MinifloatTensor, QuantizedTensor
@@ -61,8 +61,7 @@ class ModelOpt:
 
     def shape(self, parts: Mapping[str, Any]) -> tuple[int, ...]:
         """`(out, in)`; see `Reader.shape`."""
-        rows, cols = parts["weight"].shape
-        return rows, cols * (2 if parts["weight"].dtype == np.uint8 else 1)
+        return shape_of(parts["weight"])
 
     def read(self, parts: Mapping[str, np.ndarray], where: str) -> QuantizedTensor:
         """One weight `[in, out]`, in the wrappers that its activations need."""

@@ -1,18 +1,37 @@
 """Settings that differ from layer to layer."""
 
+import collections
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from qjax.converters.checks import fits, pattern
 from qjax.errors import FormatError
 
 MAX_PATTERNS = 10_000
+_T = TypeVar("_T")
 
 
 def layer_name(where: str) -> str:
     """The layer in what errors call it, `"DIR: NAME"`."""
     return where.rpartition(": ")[2]
+
+
+def object_of(settings: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """An object among settings, empty where it is missing.
+
+    Raises:
+      FormatError: it is something else.
+    """
+    found = settings.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise FormatError(f"{where}: {key} is {found!r:.200}, expected an object")
+    return found
+
+
+def usual(facts: Iterable[_T]) -> _T:
+    """The most frequent of some facts; of several, the one that came first."""
+    return collections.Counter(facts).most_common(1)[0][0]
 
 
 class Overrides:
@@ -59,9 +78,9 @@ class Overrides:
 
 
 def _items(settings, key: str, where: str):
-    found = settings.get(key) or {}
-    if not isinstance(found, Mapping) or len(found) > MAX_PATTERNS:
-        raise FormatError(f"{where}: {key} is {found!r:.200}, expected an object")
+    found = object_of(settings, key, where)
+    if len(found) > MAX_PATTERNS:
+        raise FormatError(f"{where}: {key} has more than {MAX_PATTERNS} entries")
     for text, changes in found.items():
         if not isinstance(changes, Mapping):
             raise FormatError(f"{where}: {key}.{text:.200} is not an object")

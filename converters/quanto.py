@@ -27,7 +27,7 @@ import numpy as np
 
 from qjax.converters.affine import affine, integers
 from qjax.converters.biases import affine_of_bias, bias_of_zero
-from qjax.converters.overrides import layer_name
+from qjax.converters.overrides import layer_name, usual
 from qjax.converters.runs import run_columns, run_words
 from qjax.converters.words import transposed
 from qjax.errors import FormatError, UnsupportedError
@@ -215,8 +215,7 @@ class QuantoWriter:
 
     def settings(self, kept: Sequence[str]) -> dict[str, Any]:
         """`quantization_config` of the layers written so far; see also `map`."""
-        kinds = list(self._kinds.values())
-        common = max(set(kinds), key=kinds.count)
+        common = usual(self._kinds.values())
         return {
             "quant_method": "quanto",
             "weights": common.removeprefix("q").partition("_")[0],

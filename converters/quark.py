@@ -20,9 +20,9 @@ import numpy as np
 
 from qjax.converters.activations import Activations
 from qjax.converters.compressed_parts import weight_of
-from qjax.converters.floats import fp4, fp8
-from qjax.converters.overrides import layer_name
-from qjax.errors import FormatError, UnsupportedError
+from qjax.converters.floats import fp4, fp8, shape_of
+from qjax.converters.overrides import layer_name, object_of
+from qjax.errors import UnsupportedError
 from qjax.tensor import QuantizedTensor
 
 _ROUNDED = {"fp8_e4m3": "float8_e4m3fn", "int8": "int8"}
@@ -44,14 +44,13 @@ class Quark:
     stated = ()
 
     def __init__(self, settings: Mapping[str, Any], where: str):
-        self._whole = _object(settings, "global_quant_config", where)
-        self._own = _object(settings, "layer_quant_config", where)
+        self._whole = object_of(settings, "global_quant_config", where)
+        self._own = object_of(settings, "layer_quant_config", where)
         self._activations = Activations(where)
 
     def shape(self, parts: Mapping[str, Any]) -> tuple[int, ...]:
         """`(out, in)`; see `Reader.shape`."""
-        rows, cols = parts["weight"].shape
-        return rows, cols * (2 if parts["weight"].dtype == np.uint8 else 1)
+        return shape_of(parts["weight"])
 
     def read(self, parts: Mapping[str, np.ndarray], where: str) -> QuantizedTensor:
         """One weight `[in, out]`, in `RoundedInputs` where activations are rounded."""
@@ -92,13 +91,6 @@ class Quark:
             return self._activations.left(made, kind)
         scale = None if dynamic else scale
         return self._activations.rounded(made, activation, scale, where)
-
-
-def _object(settings: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    found = settings.get(key) or {}
-    if not isinstance(found, Mapping):
-        raise FormatError(f"{where}: {key} is {found!r:.200}, expected an object")
-    return found
 
 
 def _tensor(scheme: Mapping[str, Any], which: str) -> tuple[str | None, bool]:

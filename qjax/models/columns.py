@@ -79,7 +79,7 @@ def joined(pieces: Sequence[QuantizedTensor]) -> QuantizedTensor:
         base = joined([q.base for q in pieces])  # pyright: ignore[reportAttributeAccessIssue]
         return dataclasses.replace(first, base=base)
     columns(first, slice(0, 1))  # refuses blocks that cross columns
-    if any(isinstance(getattr(first, n, None), QuantizedTensor) for n in ("scale",)):
+    if isinstance(getattr(first, "scale", None), QuantizedTensor):
         raise UnsupportedError(
             f"a tensor of several weights cannot be made of {first!r}: its scales are "
             "codes themselves"
