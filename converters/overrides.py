@@ -80,7 +80,10 @@ class Overrides:
 def _items(settings, key: str, where: str):
     found = object_of(settings, key, where)
     if len(found) > MAX_PATTERNS:
-        raise FormatError(f"{where}: {key} has more than {MAX_PATTERNS} entries")
+        raise FormatError(
+            f"{where}: {key} is {found!r:.200}, expected an object of at most "
+            f"{MAX_PATTERNS:,} entries"
+        )
     for text, changes in found.items():
         if not isinstance(changes, Mapping):
             raise FormatError(f"{where}: {key}.{text:.200} is not an object")
