@@ -18,7 +18,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -31,11 +31,16 @@ from qjax.io.files import read_small, shown
 from qjax.io.json import MAX_BYTES, parse_object
 from qjax.io.safetensors import SafetensorsFile
 
+if TYPE_CHECKING:
+    from qjax.converters.gguf import GGUFCheckpoint
+
 __all__ = ["Checkpoint", "open_checkpoint", "write_checkpoint"]
 
 WINDOW = 256 << 20
 ARCHITECTURE_KEYS = ("_remove_final_layer_norm",)
 """Keys that start like internal ones but describe the architecture (OPT)."""
+SETTINGS = ("quantization_config", "compression_config")
+"""Keys under which a checkpoint says how it is quantized."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -53,14 +58,14 @@ TOKENIZER_FILES = (
 
 def open_checkpoint(
     path_or_hub_id: str | os.PathLike[str], revision: str | None = None
-) -> "Checkpoint":
+) -> "Checkpoint | GGUFCheckpoint":
     """Open a model directory, or a model of the Hugging Face Hub.
 
     A Hub model is downloaded once into the Hub's cache; with `HF_HUB_OFFLINE=1` only
     the cache is used.
 
     Args:
-      path_or_hub_id: Directory, or `owner/name` on the Hub.
+      path_or_hub_id: Directory, GGUF file, or `owner/name` on the Hub.
       revision: Branch, tag or commit on the Hub; not allowed with a directory.
 
     Returns:
@@ -72,6 +77,10 @@ def open_checkpoint(
       UnsupportedError: The weights are of a kind that is not read.
     """
     directory = Path(path_or_hub_id)
+    if is_gguf(directory) and directory.exists():
+        from qjax.converters.gguf import GGUFCheckpoint
+
+        return GGUFCheckpoint(directory)
     if directory.is_dir():
         if revision is not None:
             raise SpecError(
@@ -81,7 +90,8 @@ def open_checkpoint(
         return Checkpoint(directory)
     if directory.exists():
         raise SpecError(
-            f"{shown(directory)}: is a file, expected the model directory it lies in"
+            f"{shown(directory)}: is a file, expected the model directory it lies in, "
+            "or a .gguf file"
         )
     name = os.fspath(path_or_hub_id)
     if not looks_like_hub_id(name):
@@ -134,16 +144,13 @@ class Checkpoint:
                 f"{shown(self.directory)}: no config.json; expected a Hugging Face "
                 "model directory"
             )
-        path, real = (
-            self.directory / "config.json",
-            contained(self.directory, "config.json"),
-        )
-        return read_small(path, MAX_BYTES, real)
+        real = contained(self.directory, "config.json")
+        return read_small(self.directory / "config.json", MAX_BYTES, real)
 
     def _without_code(self, config: dict[str, Any], prefix: str) -> dict[str, Any]:
         kept: dict[str, Any] = {}
         for key, value in config.items():
-            if _asks_for_code(key):
+            if _asks_for_code(key, prefix):
                 self.ignored_config += (prefix + key,)
             elif isinstance(value, dict):
                 kept[key] = self._without_code(value, f"{prefix}{key}.")
@@ -174,6 +181,10 @@ class Checkpoint:
                     f"in {shard}, but {found}"
                 )
         return dict(listed), tuple(sorted(set(held) - set(listed)))
+
+    def assets(self) -> dict[str, Path | bytes]:
+        """Return config.json and the tokenizer's files: paths, or contents."""
+        return {"config.json": self.directory / "config.json", **self.tokenizer_files}
 
     def names(self) -> list[str]:
         """Return the names of all tensors."""
@@ -268,9 +279,15 @@ class Checkpoint:
             ) from None
 
 
-def _asks_for_code(key: str) -> bool:
+def is_gguf(source: Any) -> bool:
+    """Whether a source is named like a GGUF file."""
+    return os.fspath(source).lower().endswith(".gguf")
+
+
+def _asks_for_code(key: str, prefix: str) -> bool:
     """Whether a configuration key names code, or is internal to transformers."""
-    internal = key.startswith("_") and key not in ARCHITECTURE_KEYS
+    settings = bool(set(prefix.split(".")) & set(SETTINGS))  # torchao's `_type`
+    internal = key.startswith("_") and key not in ARCHITECTURE_KEYS and not settings
     return internal or key == "auto_map" or "remote_code" in key
 
 

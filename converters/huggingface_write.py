@@ -15,7 +15,7 @@ import numpy as np
 
 from qjax.errors import SpecError
 from qjax.io.atomic import atomic_directory, write_bytes
-from qjax.io.files import read_small
+from qjax.io.files import content_of
 from qjax.io.json import encode_object
 from qjax.io.safetensors import write_safetensors
 
@@ -27,7 +27,7 @@ def write_checkpoint(
     directory: str | os.PathLike[str],
     config: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
     tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
-    tokenizer_files: Mapping[str, str | os.PathLike[str]] | None = None,
+    tokenizer_files: Mapping[str, Any] | None = None,
     *,
     more: Callable[[], Mapping[str, Mapping[str, Any]]] | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -39,7 +39,7 @@ def write_checkpoint(
       directory: Target; missing or empty, or with `overwrite` a model directory.
       config: Content of config.json; a function is called after the last tensor.
       tensors: Names as `transformers` knows them, with their arrays.
-      tokenizer_files: Name to path of further files to copy.
+      tokenizer_files: Name to path, or content, of further files.
       more: Gives further JSON files by name; called after the last tensor.
       shard_bytes: Start a new weight file beyond this size.
       overwrite: Whether an existing model directory may be replaced.
@@ -58,7 +58,7 @@ def write_checkpoint(
         for name, source in (tokenizer_files or {}).items():
             if name != Path(name).name or name.startswith("."):
                 raise SpecError(f"{name!r} is not a plain file name")
-            data = read_small(source, MAX_TOKENIZER_FILE)
+            data = content_of(source, MAX_TOKENIZER_FILE)
             write_bytes(work / name, data)
         for shard in _grouped(tensors, shard_bytes):
             path = work / f"part-{len(shards)}.safetensors"

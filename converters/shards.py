@@ -51,8 +51,10 @@ def contained(directory: Path, name: str) -> Path:
             f"{shown(directory)}: {name} cannot be opened: {error.strerror}"
         ) from error
     homes = [root]
-    if os.path.basename(os.path.dirname(root)) == "snapshots":
-        homes.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
+    for folder in (root, os.path.dirname(root)):  # the snapshot, or a folder in it
+        above, name_above = os.path.split(os.path.dirname(folder))
+        if name_above == "snapshots":
+            homes.append(os.path.join(above, "blobs"))
     if os.path.dirname(path) not in homes:
         raise FormatError(
             f"{shown(directory)}: {name} is a link to {shown(path)}, outside the model "

@@ -40,6 +40,11 @@ class AdditiveTensor(LayoutTensor):
     matrix: tuple[int, int] = dataclasses.field(metadata={"static": True})
     dtype: str = dataclasses.field(default="float32", metadata={"static": True})
 
+    @property
+    def vector(self) -> tuple[int, int]:
+        """See `LayoutTensor.vector`."""
+        return self.format.group, self.format.codebooks
+
     def unpacked(self) -> Shaped[Array, "..."]:
         """Refuses: there is no code per weight."""
         raise UnsupportedError(

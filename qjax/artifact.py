@@ -30,7 +30,7 @@ import numpy as np
 from qjax.converters.shards import contained
 from qjax.errors import FormatError, IntegrityError, SpecError
 from qjax.io.atomic import write_bytes
-from qjax.io.files import read_small, sha256_file, shown
+from qjax.io.files import content_of, sha256_file, shown
 from qjax.io.json import encode_object, parse_object, read_object
 from qjax.io.safetensors import SafetensorsFile, SafetensorsWriter
 from qjax.io.staging import StagingDirectory
@@ -135,12 +135,12 @@ class ArtifactWriter:
                 for path, entry in _entries(part, name).items():
                     yield path, entry["report"]
 
-    def finish(self, header: dict[str, Any], copied: Mapping[str, Path]) -> None:
+    def finish(self, header: dict[str, Any], copied: Mapping[str, Any]) -> None:
         """Copies files, writes the manifest and moves the artifact into place.
 
         Args:
           header: manifest fields beside files and tensors.
-          copied: config and tokenizer files by name.
+          copied: config and tokenizer files by name: paths or contents.
         """
         files: dict[str, Any] = {}
         tensors: dict[str, Any] = {}
@@ -154,7 +154,7 @@ class ArtifactWriter:
             arrays = dict(sorted(digests.items()))
             files[name] = {"size": path.stat().st_size, "arrays": arrays}
         for name, source in copied.items():
-            data = read_small(source, _MAX_COPIED)
+            data = content_of(source, _MAX_COPIED)
             write_bytes(self._stage.path / name, data, overwrite=True)
             digest = sha256_file(self._stage.path / name)
             files[name] = {"size": len(data), "sha256": digest}

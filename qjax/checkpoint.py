@@ -24,6 +24,7 @@ from qjax.artifact import (
 from qjax.converters.huggingface import (
     TOKENIZER_FILES,
     Checkpoint,
+    is_gguf,
     open_checkpoint,
 )
 from qjax.converters.shards import contained
@@ -32,11 +33,14 @@ from qjax.io.files import shown
 from qjax.tensor import QuantizedTensor, with_dtype
 from qjax.wrappers import Wrapper
 
-if TYPE_CHECKING:  # its many readers are imported when one is needed
+if TYPE_CHECKING:  # many readers, imported when one is needed
+    from qjax.converters.gguf import GGUFCheckpoint
     from qjax.converters.packed import PackedCheckpoint
 
 
-def dense_parts(source: Checkpoint) -> Iterator[tuple[int | None, dict[str, Any]]]:
+def dense_parts(
+    source: "Checkpoint | GGUFCheckpoint",
+) -> Iterator[tuple[int | None, dict[str, Any]]]:
     """Parameters of a dense checkpoint, part by part, as views of mapped files.
 
     Args:
@@ -60,7 +64,7 @@ def dense_parts(source: Checkpoint) -> Iterator[tuple[int | None, dict[str, Any]
 
 
 def checkpoint_parts(
-    source: "Checkpoint | PackedCheckpoint",
+    source: "Checkpoint | PackedCheckpoint | GGUFCheckpoint",
 ) -> Iterator[tuple[int | None, dict[str, Any]]]:
     """Parameters of any checkpoint, part by part; quantized weights stay packed.
 
@@ -68,10 +72,10 @@ def checkpoint_parts(
       UnsupportedError: it is quantized in a format that is not read.
       FormatError: see `dense_parts`; or packed tensors do not fit their format.
     """
-    yield from _parts(open_packed(source) if isinstance(source, Checkpoint) else source)
+    yield from _parts(open_packed(source))
 
 
-def open_packed(source: Checkpoint) -> "PackedCheckpoint":
+def open_packed(source: Any) -> "PackedCheckpoint | GGUFCheckpoint":
     """The tensors of a checkpoint with quantized weights as one tensor each.
 
     Raises:
@@ -80,11 +84,13 @@ def open_packed(source: Checkpoint) -> "PackedCheckpoint":
     from qjax.converters.packed import PackedCheckpoint
     from qjax.models import ModelConfig, plan
 
+    if not isinstance(source, Checkpoint):
+        return source
     entries = plan(ModelConfig.from_hf(source.config))
     return PackedCheckpoint(source, {entry.name: entry.shape for entry in entries})
 
 
-def _parts(source: "PackedCheckpoint"):
+def _parts(source: "PackedCheckpoint | GGUFCheckpoint"):
     from qjax.models import ModelConfig, match, read_parts
 
     config = ModelConfig.from_hf(source.config)
@@ -106,15 +112,19 @@ class Assets:
     """Files that belong to a model beside its weights; static, hashable.
 
     Attributes:
-      directory: where `config.json` and the tokenizer were found.
+      directory: where `config.json` and the tokenizer were found: a directory, or a
+        GGUF file, which has both in its metadata.
       recipe: JSON of the recipe the model was quantized with, or None.
     """
 
     directory: str
     recipe: str | None = None
 
-    def files(self) -> dict[str, Path]:
-        """`config.json` and tokenizer files by name."""
+    def files(self) -> dict[str, Path | bytes]:
+        """`config.json` and tokenizer files by name: paths, or contents."""
+        if is_gguf(self.directory):
+            with open_checkpoint(self.directory) as source:
+                return source.assets()  # pyright: ignore[reportReturnType]
         root = Path(self.directory)
         names = ("config.json", *TOKENIZER_FILES)
         return {n: contained(root, n) for n in names if os.path.lexists(root / n)}
@@ -131,8 +141,8 @@ def load(
     """Loads a model and its tokenizer.
 
     Args:
-      source: qjax artifact, Hugging Face directory, or Hub id. Packed weights stay
-        packed.
+      source: qjax artifact, Hugging Face directory, GGUF file, or Hub id. Packed
+        weights stay packed.
       revision: branch, tag or commit of a Hub id.
       dtype: compute dtype, which dense parameters are held in; default float32 on CPU,
         bfloat16 elsewhere.
@@ -151,7 +161,6 @@ def load(
     """
     from qjax.models import Decoder, ModelConfig
     from qjax.models.stacks import Stacks
-    from qjax.text import load_tokenizer
 
     default = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     compute = jnp.dtype(dtype or default)
@@ -185,9 +194,19 @@ def load(
             params = stacked(config.layers, checkpoint_parts(checkpoint))
     model = Decoder(config, params, dtype=compute)
     model.assets = Assets(str(directory), recipe)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = tokenizer_of(directory)
     tokenizer.check_vocab(model.config.vocab_size)
     return model, tokenizer
+
+
+def tokenizer_of(directory: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a model directory or a GGUF file; see `load_tokenizer`."""
+    from qjax.text import load_tokenizer, tokenizer_from
+
+    if not is_gguf(directory):
+        return load_tokenizer(directory)
+    with open_checkpoint(directory) as source:
+        return tokenizer_from(source.tokenizer_files, shown(directory))
 
 
 def hold(leaf: Any, dtype: Any) -> Any:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from qjax.artifact import ArtifactWriter, is_artifact, part_name
 from qjax.calibration import CONTEXT, calibration_windows
-from qjax.checkpoint import Assets, dense_parts, hold
+from qjax.checkpoint import Assets, dense_parts, hold, tokenizer_of
 from qjax.converters.huggingface import open_checkpoint
 from qjax.errors import SpecError
 from qjax.formats import Format
@@ -147,7 +147,6 @@ def quantize_checkpoint(
       QjaxError: the disk is full; complete parts are kept.
     """
     from qjax.models import ModelConfig
-    from qjax.text import load_tokenizer
 
     recipe = load_recipe(recipe)
     _refuse_artifact(source)
@@ -155,7 +154,7 @@ def quantize_checkpoint(
         config = ModelConfig.from_hf(checkpoint.config)
         tokenizer = None
         if checkpoint.tokenizer_files:
-            tokenizer = load_tokenizer(checkpoint.directory)
+            tokenizer = tokenizer_of(checkpoint.directory)
             tokenizer.check_vocab(config.vocab_size)
         tokens = _tokens(calibration, tokenizer, config)
         quantizer = PartQuantizer(
@@ -191,10 +190,7 @@ def quantize_checkpoint(
                 "recipe": recipe.to_dict(),
                 "source": {"sha256": checkpoint.source_digest()},
             }
-            copied = checkpoint.tokenizer_files | {
-                "config.json": checkpoint.directory / "config.json"
-            }
-            out.finish(header, copied)
+            out.finish(header, checkpoint.assets())
     return report
 
 
@@ -218,11 +214,9 @@ def _tokens(calibration: Any, tokenizer: Any, config: Any) -> Any:
 
 def _tokenizer(calibration: Any, directory: str | None) -> Any:
     """The tokenizer of a model directory, where calibration is a text."""
-    from qjax.text import load_tokenizer
-
     if directory is None or not isinstance(calibration, str | os.PathLike):
         return None
-    return load_tokenizer(directory)
+    return tokenizer_of(directory)
 
 
 def _refuse_artifact(source: Any) -> None:

@@ -21,6 +21,7 @@ from qjax.formats import (
     Cast,
     Dynamic8,
     Format,
+    Ggml,
     Int,
     KMeans,
     format_from_dict,
@@ -29,6 +30,7 @@ from qjax.formats.additive import TABLES
 from qjax.formats.codebook import TableFormat
 from qjax.formats.minifloat import Minifloat
 from qjax.formats.trellis import TILE, Trellis
+from qjax.ggml import GgmlTensor
 from qjax.tensor import (
     AffineTensor,
     CodebookTensor,
@@ -59,6 +61,7 @@ _CLASSES: dict[str, type] = {
         AdditiveTensor,
         AffineTensor,
         CodebookTensor,
+        GgmlTensor,
         MinifloatTensor,
         TrellisTensor,
         Incoherent,
@@ -202,6 +205,7 @@ def _check(name: str, q: Any) -> None:
         MinifloatTensor: Minifloat | Cast,
         TrellisTensor: Trellis,
         AdditiveTensor: Additive,
+        GgmlTensor: Ggml,
     }[type(q)]
     if not isinstance(fmt, wanted):
         raise FormatError(f"{name}: format {fmt.name} cannot be a {type(q).__name__}")
@@ -214,6 +218,12 @@ def _check(name: str, q: Any) -> None:
         raise FormatError(f"{name}.codes: expected an array of rank 2 or more")
     if isinstance(q, AdditiveTensor):
         _check_additive(name, q, lead)
+        return
+    if isinstance(q, GgmlTensor):
+        (rows, cols), (weights, size) = q.matrix, q.vector
+        _leaf(
+            f"{name}.codes", q.codes, (*lead, rows // weights * size, cols), ("uint8",)
+        )
         return
     codes = jnp.dtype(_codes_dtype(fmt))
     _leaf(f"{name}.codes", q.codes, (*lead, *_codes_shape(q)), (codes.name,))

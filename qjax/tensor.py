@@ -162,6 +162,14 @@ class LayoutTensor(QuantizedTensor):
     affine: ClassVar[bool] = False
 
     @property
+    def vector(self) -> tuple[int, int] | None:
+        """Weights along `in`, and rows of `codes`, that are only decoded together.
+
+        None where every weight has a code of its own.
+        """
+        return None
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Logical shape `[*lead, in, out]`."""
         return (*self.codes.shape[:-2], *self.matrix)

@@ -17,7 +17,7 @@ import tokenizers
 
 from qjax import chat
 from qjax.errors import SpecError
-from qjax.text_files import read_files
+from qjax.text_files import TokenizerFiles, files_from, read_files
 
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _LAST_OF_WIDTH = (0x7F, 0x7FF, 0xFFFF)  # last characters of 1, 2 and 3 bytes
@@ -253,7 +253,24 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         MissingExtraError: A legacy tokenizer needs a package that is not installed.
         UnsupportedError: A legacy tokenizer could not be converted.
     """
-    files = read_files(directory)
+    return _made(read_files(directory))
+
+
+def tokenizer_from(contents: Mapping[str, bytes], where: str) -> Tokenizer:
+    """The tokenizer that contents of such files describe.
+
+    Args:
+        contents: Contents by name.
+        where: What errors call their source.
+
+    Raises:
+        FormatError: They describe no tokenizer.
+        SpecError: There is no `tokenizer.json` among them.
+    """
+    return _made(files_from(contents, where))
+
+
+def _made(files: TokenizerFiles) -> Tokenizer:
     return Tokenizer(
         files.backend,
         config=files.config,

@@ -74,6 +74,28 @@ def read_files(directory: str | os.PathLike[str]) -> TokenizerFiles:
     )
 
 
+def files_from(contents: Mapping[str, bytes], where: str) -> TokenizerFiles:
+    """The same from contents by name, in place of a folder.
+
+    Raises:
+        FormatError: `tokenizer.json` is no tokenizer.
+        SpecError: There is none.
+    """
+    if "tokenizer.json" not in contents:
+        raise SpecError(f"{where}: has no tokenizer")
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(contents["tokenizer.json"])
+    except Exception as error:  # the package raises plain Exception
+        raise FormatError(f"{where}: not a valid tokenizer: {error}") from None
+    config = json.loads(contents.get("tokenizer_config.json", b"{}"))
+    return TokenizerFiles(
+        backend,
+        config,
+        generation_config=json.loads(contents.get("generation_config.json", b"{}")),
+        chat_templates=_listed(config),
+    )
+
+
 def _convert_legacy(folder: str) -> tokenizers.Tokenizer:
     """Convert a slow tokenizer with transformers, never running code from `folder`."""
     sentencepiece = any(
@@ -130,16 +152,21 @@ def _read_json(folder: str, name: str) -> dict[str, Any]:
     return value
 
 
+def _listed(config: Mapping[str, Any]) -> dict[str, str]:
+    """Templates of a `tokenizer_config.json` by name."""
+    listed = config.get("chat_template")
+    if isinstance(listed, str):
+        return {"default": listed}
+    return {
+        str(item.get("name")): item["template"]
+        for item in (listed if isinstance(listed, list) else [])
+        if isinstance(item, dict) and isinstance(item.get("template"), str)
+    }
+
+
 def _read_templates(folder: str, config: Mapping[str, Any]) -> dict[str, str]:
     """Return template sources by name; a file of its own wins over the config."""
-    listed = config.get("chat_template")
-    templates: dict[str, str] = {}
-    if isinstance(listed, str):
-        templates["default"] = listed
-    elif isinstance(listed, list):
-        for item in listed:
-            if isinstance(item, dict) and isinstance(item.get("template"), str):
-                templates[str(item.get("name"))] = item["template"]
+    templates = _listed(config)
     path = os.path.join(folder, "chat_template.jinja")
     if os.path.isfile(path) and os.path.getsize(path) <= chat.SOURCE_LIMIT:
         with open(path, encoding="utf-8") as file:

@@ -7,6 +7,7 @@ from qjax.formats.base import format_from_dict as format_from_dict
 from qjax.formats.codebook import FP4 as FP4
 from qjax.formats.codebook import NF4 as NF4
 from qjax.formats.codebook import Dynamic8 as Dynamic8
+from qjax.formats.ggml import Ggml as Ggml
 from qjax.formats.grouping import Grouping as Grouping
 from qjax.formats.kmeans import KMeans as KMeans
 from qjax.formats.minifloat import FP8 as FP8

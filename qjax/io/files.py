@@ -105,6 +105,11 @@ def read_small(
     return data
 
 
+def content_of(source: str | os.PathLike[str] | bytes, limit: int) -> bytes:
+    """Return what is given as content, or by the path of a file; see `read_small`."""
+    return source if isinstance(source, bytes) else read_small(source, limit)
+
+
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a regular file as hex, reading it in small pieces."""
     with MappedFile(path) as file:

@@ -85,7 +85,7 @@ def _read_header(file: MappedFile, max_header: int) -> tuple[dict[str, Any], int
     start = file.read(0, 8)
     (length,) = struct.unpack("<Q", start)
     if length > file.size - 8 or length > max_header:
-        looks = _guess(file)
+        looks = looks_like(file)
         raise FormatError(
             f"{where}: header length {length:,} exceeds the file of {file.size:,} "
             f"bytes or the limit of {max_header:,}; "
@@ -95,7 +95,7 @@ def _read_header(file: MappedFile, max_header: int) -> tuple[dict[str, Any], int
     if not data.startswith(b"{"):
         raise FormatError(
             f"{where}: the header does not begin with '{{'; "
-            + (_guess(file) or "damaged or not safetensors")
+            + (looks_like(file) or "damaged or not safetensors")
         )
     if data.count(b"{") > MAX_TENSORS + 2:
         raise FormatError(f"{where}: more than {MAX_TENSORS:,} tensors in the header")
@@ -103,7 +103,7 @@ def _read_header(file: MappedFile, max_header: int) -> tuple[dict[str, Any], int
     return header, 8 + length
 
 
-def _guess(file: MappedFile) -> str:
+def looks_like(file: MappedFile) -> str:
     """Say what a file of another format looks like; empty when unknown."""
     head = file.read(0, min(file.size, 64)).lstrip()
     for magic, kind in (
@@ -120,6 +120,8 @@ def _guess(file: MappedFile) -> str:
 
 
 def _metadata(value: Any, file: MappedFile) -> dict[str, str]:
+    if value is None:  # as MLX writes, and the reference reader takes, no metadata
+        return {}
     if not isinstance(value, dict) or not all(
         isinstance(v, str) for v in value.values()
     ):

@@ -36,7 +36,9 @@ def columns(q: QuantizedTensor, index: Any) -> QuantizedTensor:
             leaf = leaf.dequantize()
         return leaf[..., index]
 
-    changes: dict[str, Any] = {"codes": q.codes[..., index], "scale": cut(q.scale)}
+    changes: dict[str, Any] = {"codes": q.codes[..., index]}
+    if q.scale is not None:
+        changes["scale"] = cut(q.scale)
     if isinstance(q, AffineTensor) and q.zero is not None:
         changes["zero"] = cut(q.zero)
     changes["matrix"] = q.matrix[0], count

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Shaped
 from qjax.additive import AdditiveTensor, decode_additive
 from qjax.formats.kmeans import lookup
 from qjax.formats.trellis import TILE
+from qjax.ggml import GgmlTensor
 from qjax.packing import packed_rows, row_multiple
 from qjax.tensor import (
     AffineTensor,
@@ -88,8 +89,8 @@ def cut_step(q: LayoutTensor, axis: Axis) -> int | None:
     group = q.grouping
     if isinstance(q, TrellisTensor):
         return TILE
-    if isinstance(q, AdditiveTensor):
-        return q.format.group if axis == "in" else 1
+    if q.vector:
+        return q.vector[0] if axis == "in" else 1
     unit = row_multiple(q.format.code_bits) if q.format.code_bits < 8 else 1
     if group.kind == "flat":
         rows, whole = q.matrix[0], math.lcm(group.size, unit)
@@ -116,9 +117,9 @@ def windows(q: LayoutTensor, axis: Axis, start: Any, size: int) -> dict[str, Win
         if axis == "in":
             return {"codes": (0, start // TILE, size // TILE)}
         return {"codes": (1, start * bits, size * bits)}
-    if isinstance(q, AdditiveTensor) and axis == "in":
-        per, vector = q.format.codebooks, q.format.group
-        return {"codes": (0, start // vector * per, size // vector * per)}
+    if q.vector and axis == "in":
+        weights, codes = q.vector
+        return {"codes": (0, start // weights * codes, size // weights * codes)}
     if group.kind == "flat":
         rows = q.matrix[0]
         groups = -(-size * rows // group.size)
@@ -180,6 +181,8 @@ def decode(q: LayoutTensor) -> Float[Array, "in out"]:
     """`q.dequantize(float32)` with 16-entry tables read by selection, not gathers."""
     if isinstance(q, AdditiveTensor):
         return decode_additive(q.codes, q.codebooks, q.scale)
+    if isinstance(q, GgmlTensor):
+        return q.dequantize(jnp.float32)
     values = code_values(q, q.unpacked())
     if q.scale is None:
         return values

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from qjax.additive import AdditiveTensor
 from qjax.errors import SpecError, UnsupportedError
 from qjax.formats.trellis import TILE
 from qjax.ops.blocks import (
@@ -141,7 +140,7 @@ def _column(q: LayoutTensor, i) -> Float[Array, " in"]:
     if isinstance(q, TrellisTensor):
         tiles = decode(take(q, "out", i // TILE * TILE, TILE))
         return lax.dynamic_index_in_dim(tiles, i % TILE, 1, keepdims=False)
-    if isinstance(q, AdditiveTensor):
+    if q.vector:
         return decode(take(q, "out", i, 1))[:, 0]
     rows, bits = q.matrix[0], q.format.code_bits
     places = jnp.arange(rows, dtype=jnp.int32)
@@ -162,8 +161,8 @@ def _row(q: LayoutTensor, i) -> Float[Array, " out"]:
     if isinstance(q, TrellisTensor):
         tiles = decode(take(q, "in", i // TILE * TILE, TILE))
         return lax.dynamic_index_in_dim(tiles, i % TILE, 0, keepdims=False)
-    if isinstance(q, AdditiveTensor):
-        group = q.format.group
+    if q.vector:
+        group = q.vector[0]
         rows = decode(take(q, "in", i // group * group, group))
         return lax.dynamic_index_in_dim(rows, i % group, 0, keepdims=False)
     if q.flat:

@@ -22,11 +22,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qjax.errors import SpecError
-from qjax.formats import Additive, Cast, Format, Int
-from qjax.formats.codebook import TableFormat
+from qjax.formats import Additive, Cast, Format, Ggml, Int
+from qjax.formats.ggml_parts import TableParts
 from qjax.formats.kmeans import KMeans
 from qjax.formats.minifloat import Minifloat
 from qjax.formats.trellis import Trellis
+from qjax.ggml import GgmlTensor, layout
 from qjax.ops.partition import on_one, partitioned
 from qjax.pallas_kernels.weights import KernelError, Weight, WeightSpec
 from qjax.tensor import LayoutTensor, QuantizedTensor
@@ -52,21 +53,27 @@ def kernel_spec(q: Any) -> WeightSpec | str:
     Returns:
       The spec, or the reason why no kernel takes it.
     """
+    if isinstance(q, GgmlTensor):
+        if layout(q.format) is None:
+            return "its codes index a grid or share bytes; products decode blocks"
+        return "codes and scales share blocks; qjax.prepack takes them apart"
     if isinstance(q.scale, QuantizedTensor):
         return "its scales are quantized themselves; qjax.prepack decodes them"
     if not q.size:
         return "the weight is empty"
     spec = format_spec(q.format, q.matrix)
-    layout = getattr(q, "layout", None)
-    if isinstance(spec, str) or layout is None:
+    tag = getattr(q, "layout", None)
+    if isinstance(spec, str) or tag is None:
         return spec
-    return dataclasses.replace(spec, layout=layout)
+    return dataclasses.replace(spec, layout=tag)
 
 
 def format_spec(fmt: Format, matrix: tuple[int, int]) -> WeightSpec | str:
     """What a matrix of a format is to a kernel in the layout at rest, or why none."""
     rows, cols = matrix
     group = fmt.grouping(matrix)
+    if isinstance(fmt, Ggml):
+        return _block_spec(fmt, matrix)
     if isinstance(fmt, Cast):
         return "it is a plain cast, which XLA multiplies by"
     if isinstance(fmt, Trellis):
@@ -86,18 +93,35 @@ def format_spec(fmt: Format, matrix: tuple[int, int]) -> WeightSpec | str:
     return WeightSpec(rows, cols, kind, fmt.code_bits, size, offset)
 
 
+def _block_spec(fmt: Ggml, matrix: tuple[int, int]) -> WeightSpec | str:
+    """What llama.cpp's blocks are once they are taken apart."""
+    parts = layout(fmt)
+    if parts is None:
+        return "its blocks are not taken apart"
+    rows, cols = matrix
+    if isinstance(parts, TableParts):
+        return WeightSpec(rows, cols, "table", 4, parts.group)
+    return WeightSpec(rows, cols, "int", parts.bits, parts.group, parts.offset)
+
+
 def kernel_weight(q: Any, spec: WeightSpec) -> Weight:
     """The arrays of a tensor that `kernel_spec` accepts."""
     table = None
-    if isinstance(q.format, TableFormat):
+    if spec.kind == "table":
         table = q.codebook
         if table is None:
             lead = q.shape[:-2]
-            table = jnp.broadcast_to(jnp.asarray(q.format.table), (*lead, 2**spec.bits))
+            table = jnp.broadcast_to(_table(q.format), (*lead, 2**spec.bits))
     zero = getattr(q, "zero", None)
     if not isinstance(q, LayoutTensor):
         return Weight(q.codes, q.scale, zero, table)
     return Weight(q.codes, _wide(q.scale, q, spec), _wide(zero, q, spec), table)
+
+
+def _table(fmt):
+    """The value of each code, float32."""
+    parts = layout(fmt) if isinstance(fmt, Ggml) else fmt
+    return jnp.asarray(parts.table, jnp.float32)
 
 
 def _wide(leaf, q, spec):

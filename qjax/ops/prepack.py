@@ -18,8 +18,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 import qjax.pallas_kernels.device as device
-from qjax.formats import Format, Int
+from qjax.formats import Format, Ggml, Int
 from qjax.formats.codebook import TableFormat
+from qjax.ggml import GgmlTensor, put_together, take_apart
 from qjax.ops import kernels
 from qjax.ops.blocks import gathered, materialize_scale, replaced
 from qjax.pallas_kernels.weights import Weight, WeightSpec
@@ -56,7 +57,8 @@ class Prepacked(QuantizedTensor):
       scale: kernel's array, never nested.
       zero: kernel's array or None.
       codebook: float32 `[*lead, 2**bits]` when learned, else None.
-      nested: the doubly quantized scale that `scale` was decoded from, or None.
+      nested: the doubly quantized scale that `scale` was decoded from, or None; of
+        llama.cpp's blocks the bytes beside the codes.
       offset: float32 `[*lead, 1, 1]` or None, as in `CodebookTensor`.
       global_scale: float32 `[*lead, 1, 1]` or None, as in `MinifloatTensor`.
       format: the format.
@@ -93,9 +95,12 @@ class Prepacked(QuantizedTensor):
         weight = Weight(self.codes, self.scale, self.zero)
         if self.layout != "canonical":
             weight = _layout_module(self.layout).unpack(weight, self.spec)
+        fmt, matrix, dtype = self.format, self.matrix, self.dtype
+        if isinstance(fmt, Ggml):
+            codes = put_together(fmt, weight.codes, self.nested, matrix)
+            return GgmlTensor(codes, fmt, matrix, dtype)
         scale, zero = (_narrow(v, self) for v in (weight.scale, weight.zero))
         scale = scale if self.nested is None else self.nested
-        fmt, matrix, dtype = self.format, self.matrix, self.dtype
         if isinstance(fmt, Int):
             return AffineTensor(weight.codes, scale, zero, fmt, matrix, dtype)
         if isinstance(fmt, TableFormat):
@@ -181,6 +186,8 @@ def _prepacked(rounds, q):
     """One weight prepacked, or as it is."""
     if not isinstance(q, LayoutTensor):
         return q
+    if isinstance(q, GgmlTensor):
+        return _apart(rounds, q)
     if isinstance(getattr(q, "zero", None), QuantizedTensor):
         return q  # stays as it is: decoded zero-points cannot be turned back
     nested = q.scale if isinstance(q.scale, QuantizedTensor) else None
@@ -188,11 +195,7 @@ def _prepacked(rounds, q):
     spec = kernels.kernel_spec(plain)
     if isinstance(spec, str):
         return q
-    weight = kernels.kernel_weight(plain, spec)
-    layout = _LAYOUTS.get((device.platform(), rounds))
-    if layout is not None:
-        made = importlib.import_module(layout).prepack(weight, spec)
-        weight, spec = made if made is not None else (weight, spec)
+    weight, spec = _laid_out(rounds, kernels.kernel_weight(plain, spec), spec)
     if spec.layout == "canonical" and nested is None:
         return q
     return Prepacked(
@@ -207,6 +210,29 @@ def _prepacked(rounds, q):
         q.matrix,
         q.dtype,
         spec.layout,
+    )
+
+
+def _laid_out(rounds, weight, spec):
+    """A canonical weight in the layout of the device's kernels, where they have one."""
+    layout = _LAYOUTS.get((device.platform(), rounds))
+    if layout is None:
+        return weight, spec
+    return importlib.import_module(layout).prepack(weight, spec) or (weight, spec)
+
+
+def _apart(rounds, q):
+    """llama.cpp's blocks in pieces that kernels multiply by, or as they are."""
+    spec = kernels.format_spec(q.format, q.matrix)
+    if isinstance(spec, str) or not q.size:
+        return q
+    parts = take_apart(q)
+    weight = Weight(parts.codes, parts.scale, parts.zero)
+    weight, spec = _laid_out(rounds, weight, spec)
+    return Prepacked(
+        *(weight.codes, weight.scale, weight.zero),
+        *(None, parts.rest, None, None),
+        *(q.format, q.matrix, q.dtype, spec.layout),
     )
 
 

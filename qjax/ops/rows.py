@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from qjax.additive import AdditiveTensor
 from qjax.ops.blocks import code_values, cut_leaf, scale_values, zeros_like_sum
 from qjax.packing import row_multiple, unpack_rows
 from qjax.tensor import AffineTensor, CodebookTensor, LayoutTensor
@@ -40,8 +39,8 @@ def obstacle(rows: int, q: LayoutTensor, transpose: bool) -> str | None:
         return "the product is with the transpose"
     if isinstance(q, TrellisTensor):
         return "its weights are walks through a trellis, not codes"
-    if isinstance(q, AdditiveTensor):
-        return "its codes index vectors"
+    if q.vector:
+        return f"its codes stand for {q.vector[0]} weights each"
     table = isinstance(q, CodebookTensor)
     most = MAX_TABLE_ROWS if table else MAX_ROWS
     if not 1 <= rows <= most:
