@@ -16,9 +16,10 @@ from typing import Any, Self
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.converters.gguf_config import SMALL, config_of
+from qjax.converters.gguf_config import config_of
 from qjax.converters.gguf_file import GGUFFile, open_gguf
-from qjax.converters.gguf_names import Place, places
+from qjax.converters.gguf_names import Place, is_matrix, places
+from qjax.converters.gguf_rope import SMALL
 from qjax.converters.gguf_tokenizer import tokenizer_files
 from qjax.converters.words import transposed
 from qjax.errors import FormatError, SpecError, UnsupportedError
@@ -121,17 +122,12 @@ class GGUFCheckpoint:
         place = self._place(name)
         tensor = self._file.tensors[place.name]
         data = self._file.read(place.name)
-        if place.rows is not None:
-            if len(place.rows) != len(data):
-                raise FormatError(
-                    f"{self.where}: {place.name} has {len(data)} rows, the metadata "
-                    f"say {len(place.rows)}"
-                )
-            data = data[place.rows]
+        rows = place.rows(len(data))
+        data = data if rows is None else data[rows]
         if TYPES[tensor.type].dtype is not None:
             data = data - np.asarray(place.added, data.dtype) if place.added else data
             return data.T if place.turned else data
-        if len(tensor.shape) != 2 or place.added:
+        if not is_matrix(place, tensor.shape):
             raise UnsupportedError(
                 f"{self.where}: {place.name} {list(tensor.shape)} is {tensor.type}; "
                 "only matrices are read packed"

@@ -1,14 +1,17 @@
 """What the metadata of a GGUF file says, as the `config.json` of transformers.
 
 Every architecture of GGUF has a table of keys `ARCH.key`; `config_of` writes what
-`qjax.models.ModelConfig.from_hf` reads, so one reader decides what is supported.
+`qjax.models.ModelConfig.from_hf` reads, so one reader decides what is supported. Keys
+that are missing have the defaults of llama.cpp.
 
-Not in metadata: the scaling of Llama 3.1's rotations, whose divisors are the tensor
-`rope_freqs.weight`, and Phi-3's two lists of divisors. They become `longrope` with
-these numbers, an attention factor of 1 unless the file states one.
+Not in metadata is what an MLP computes: that is what each architecture had first, with
+the tanh form of GELU in all but GPT-NeoX, where llama.cpp computes that form of the
+exact one, too.
+
+Windows of Phi-3 are obeyed, as in transformers; llama.cpp leaves them out.
 
 Reference: gguf.md of ggml, "Standardized key-value pairs"; llama.cpp `llama-model.cpp`,
-`load_hparams`.
+`load_hparams`, and `src/models/` there.
 """
 
 from collections.abc import Mapping
@@ -16,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from qjax.converters.gguf_metadata import Metadata
+from qjax.converters.gguf_rope import rotations
 from qjax.errors import FormatError, UnsupportedError
 
 ARCHITECTURES = {
@@ -29,67 +34,17 @@ ARCHITECTURES = {
     "gpt2": ("gpt2", "GPT2LMHeadModel"),
 }
 """`general.architecture` to `model_type` and class in transformers."""
-SMALL = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-"""Tensors that are part of the configuration."""
-_GEMMA_27B = {("gemma2", 46), ("gemma3", 62)}
+_ACTIVATIONS = {
+    "gemma2": ("hidden_activation", "gelu_pytorch_tanh"),
+    "gemma3_text": ("hidden_activation", "gelu_pytorch_tanh"),
+    "gpt2": ("activation_function", "gelu_new"),
+    "gpt_neox": ("hidden_act", "gelu"),
+}
+"""Key of what MLPs compute, and what that is where a file does not say it."""
+_EPSILONS = {"gpt2": "layer_norm_epsilon", "gpt_neox": "layer_norm_eps"}
+MAX_LAYERS = 8192
+GEMMA_27B = {("gemma2", 46), ("gemma3", 62)}
 """The size whose queries are scaled by the mean width of a head, not the real one."""
-
-
-class Metadata:
-    """Typed look-ups in the metadata of one file.
-
-    Args:
-      values: metadata by key.
-      where: what errors call the file.
-
-    Attributes:
-      architecture: `general.architecture`.
-    """
-
-    def __init__(self, values: Mapping[str, Any], where: str):
-        self.values, self.where = values, where
-        self.architecture: str = self.get("general.architecture", str)
-
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """A value; `ARCH.` in front of a key stands for the architecture.
-
-        Raises:
-          FormatError: it is missing without a default, or of another type.
-        """
-        key = key.replace("ARCH", getattr(self, "architecture", ""), 1)
-        value = self.values.get(key, default)
-        if value is None:
-            raise FormatError(f"{self.where}: has no metadata {key!r}")
-        whole = kind is float and type(value) is int
-        if type(value) is not kind and not whole:
-            raise FormatError(
-                f"{self.where}: metadata {key!r} is {value!r:.100}, expected "
-                f"{kind.__name__}"
-            )
-        return kind(value)
-
-    def number(self, key: str, default: Any = None) -> int:
-        """An integer that may be a list with one entry per layer, all alike.
-
-        Raises:
-          FormatError: see `get`.
-          UnsupportedError: layers differ.
-        """
-        full = key.replace("ARCH", self.architecture, 1)
-        value = self.values.get(full)
-        if isinstance(value, np.ndarray | list):
-            different = sorted({int(v) for v in value})
-            if len(different) != 1:
-                raise UnsupportedError(
-                    f"{self.where}: {full} differs from layer to layer "
-                    f"({different[:8]}); models here have equal layers"
-                )
-            return different[0]
-        return self.get(key, int, default)
-
-    def has(self, key: str) -> bool:
-        """Whether there is such a value."""
-        return key.replace("ARCH", self.architecture, 1) in self.values
 
 
 def config_of(
@@ -115,124 +70,139 @@ def config_of(
             f"{', '.join(ARCHITECTURES)}"
         )
     family, name = ARCHITECTURES[arch]
-    if meta.has("ARCH.expert_count") and meta.number("ARCH.expert_count"):
-        raise UnsupportedError(
-            f"{where}: has {meta.number('ARCH.expert_count')} experts per layer; "
-            "mixtures of experts are not supported"
-        )
-    dim, heads = meta.number("ARCH.embedding_length"), _heads(meta)
-    width = meta.number("ARCH.attention.key_length", dim // heads)
-    if meta.number("ARCH.attention.value_length", width) != width:
-        raise UnsupportedError(f"{where}: keys and values differ in width")
-    rope = meta.number("ARCH.rope.dimension_count", width)
+    _check(meta)
     config: dict[str, Any] = {
         "model_type": family,
         "architectures": [name],
         "vocab_size": int(tensors["token_embd.weight"][0]),
-        "hidden_size": dim,
-        "intermediate_size": meta.number("ARCH.feed_forward_length"),
-        "num_hidden_layers": meta.number("ARCH.block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": meta.number("ARCH.attention.head_count_kv", heads),
-        "head_dim": width,
-        "max_position_embeddings": meta.number("ARCH.context_length"),
+        **_sizes(meta),
         "rope_theta": meta.get("ARCH.rope.freq_base", float, 10000.0),
         "tie_word_embeddings": "output.weight" not in tensors,
     }
-    epsilon = "layer_norm" if family in ("gpt2", "gpt_neox") else "layer_norm_rms"
-    eps = meta.get(f"ARCH.attention.{epsilon}_epsilon", float)
-    keys = {"gpt2": "layer_norm_epsilon", "gpt_neox": "layer_norm_eps"}
-    config[keys.get(family, "rms_norm_eps")] = eps
-    if rope != width:
-        config["partial_rotary_factor"] = rope / width
-    scaling = _scaling(meta, tensors)
-    if scaling:
-        config["rope_scaling"] = scaling
+    kind = "layer_norm" if family in _EPSILONS else "layer_norm_rms"
+    epsilon = meta.get(f"ARCH.attention.{kind}_epsilon", float)
+    config[_EPSILONS.get(family, "rms_norm_eps")] = epsilon
+    key, usual = _ACTIVATIONS.get(family, ("hidden_act", "silu"))
+    config[key] = meta.get("ARCH.hidden_activation", str, usual)
+    config |= rotations(meta, tensors, config)
     for key, own in (("bos_token_id", "bos"), ("eos_token_id", "eos")):
         found = f"tokenizer.ggml.{own}_token_id"
         if found in values:
             config[key] = meta.get(found, int)
-    biases = {
-        "attention_bias": "blk.0.attn_q.bias",
-        "mlp_bias": "blk.0.ffn_up.bias",
-    }
+    biases = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+    if family == "gpt_neox":
+        biases = {"attention_bias": "blk.0.attn_qkv.bias"}
     if family in ("llama", "qwen3", "gpt_neox"):
-        if family == "gpt_neox":
-            biases = {"attention_bias": "blk.0.attn_qkv.bias"}
         config |= {key: tensor in tensors for key, tensor in biases.items()}
     return config | _own(meta, family, config)
 
 
-def _heads(meta: Metadata) -> int:
-    heads = meta.number("ARCH.attention.head_count")
-    if heads < 1:
-        raise FormatError(f"{meta.where}: {heads} attention heads, expected 1 or more")
-    return heads
-
-
-def _scaling(meta: Metadata, tensors: Mapping[str, Any]) -> dict[str, Any] | None:
-    """`rope_scaling`, from tensors of divisors or from metadata."""
-    context = meta.number("ARCH.context_length")
-    original = meta.number("ARCH.rope.scaling.original_context_length", context)
-    short, long = (tensors.get(f"rope_factors_{n}.weight") for n in ("short", "long"))
-    if short is None or long is None:
-        short = long = tensors.get("rope_freqs.weight")
-    kind = meta.get("ARCH.rope.scaling.type", str, "none")
-    if short is not None and long is not None:
-        return {
-            "rope_type": "longrope",
-            "short_factor": [float(v) for v in short],
-            "long_factor": [float(v) for v in long],
-            "attention_factor": meta.get("ARCH.rope.scaling.attn_factor", float, 1.0),
-            "original_max_position_embeddings": original,
-        }
-    if kind == "none":
-        return None
-    factor = meta.get("ARCH.rope.scaling.factor", float)
-    if kind not in ("linear", "yarn"):
+def _check(meta: Metadata) -> None:
+    """Refuses options that no family here has."""
+    experts = meta.number("ARCH.expert_count", 0)
+    if experts:
         raise UnsupportedError(
-            f"{meta.where}: rope.scaling.type {kind!r:.100} is not supported; "
-            "supported: none, linear, yarn"
+            f"{meta.where}: has {experts} experts per layer; mixtures of experts are "
+            "not supported"
         )
-    scaling = {"rope_type": kind, "factor": factor}
-    if kind == "yarn":
-        scaling["original_max_position_embeddings"] = original
-    return scaling
+    if not meta.get("ARCH.attention.causal", bool, True):
+        raise UnsupportedError(
+            f"{meta.where}: its tokens attend to later ones, too; only decoders are "
+            "supported"
+        )
+
+
+def _sizes(meta: Metadata) -> dict[str, int]:
+    """Widths and counts."""
+    dim, heads = (
+        meta.number("ARCH.embedding_length"),
+        meta.number("ARCH.attention.head_count"),
+    )
+    layers = meta.number("ARCH.block_count")
+    for what, value, most in (("heads", heads, dim), ("layers", layers, MAX_LAYERS)):
+        if not 1 <= value <= most:
+            raise FormatError(f"{meta.where}: has {value} {what}, expected 1 to {most}")
+    width = meta.number("ARCH.attention.key_length", dim // heads)
+    other = meta.number("ARCH.attention.value_length", width)
+    if other != width:
+        raise UnsupportedError(
+            f"{meta.where}: keys have {width} numbers per head, values {other}; they "
+            "need to be alike"
+        )
+    return {
+        "hidden_size": dim,
+        "intermediate_size": meta.number("ARCH.feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": meta.number("ARCH.attention.head_count_kv", heads),
+        "head_dim": width,
+        "max_position_embeddings": meta.number("ARCH.context_length"),
+    }
 
 
 def _own(meta: Metadata, family: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Keys of one family, beside those that all share."""
-    own: dict[str, Any] = {}
-    window = meta.number("ARCH.attention.sliding_window", 0)
-    if family == "phi3" and window:
-        own["sliding_window"] = window
+    if family == "phi3":
+        window = meta.number("ARCH.attention.sliding_window", 0)
+        return {"sliding_window": window or None}
     if family.startswith("gemma"):
-        layers, dim = config["num_hidden_layers"], config["hidden_size"]
-        mean = dim // config["num_attention_heads"]
-        wide = (meta.architecture, layers) in _GEMMA_27B
-        own["query_pre_attn_scalar"] = mean if wide else config["head_dim"]
-        own["sliding_window"] = window or None
-    if family == "gemma2":
-        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-            own[key] = meta.get(f"ARCH.{key}", float)
-    if family == "gemma3_text":
-        own["sliding_window_pattern"] = meta.number(
-            "ARCH.attention.sliding_window_pattern", 6
-        )
-        own["final_logit_softcapping"] = None
-        base = meta.get("ARCH.rope.freq_base_swa", float, 10000.0)
-        own["rope_local_base_freq"] = base
+        return _gemma(meta, family, config)
     if family == "gpt_neox":
-        part = config.get("partial_rotary_factor", 1.0)
-        own["use_parallel_residual"] = meta.get("ARCH.use_parallel_residual", bool)
-        own["rotary_pct"] = part
-        own["rotary_emb_base"] = config["rope_theta"]
+        return {
+            "use_parallel_residual": meta.get("ARCH.use_parallel_residual", bool),
+            "rotary_pct": config.get("partial_rotary_factor", 1.0),
+            "rotary_emb_base": config["rope_theta"],
+        }
     if family == "gpt2":
-        own |= {
+        return {
             "n_embd": config["hidden_size"],
             "n_layer": config["num_hidden_layers"],
             "n_head": config["num_attention_heads"],
             "n_positions": config["max_position_embeddings"],
             "n_inner": config["intermediate_size"],
         }
+    return {}
+
+
+def _gemma(meta: Metadata, family: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Scale, windows and bounds of Gemma 2 and 3."""
+    third = family == "gemma3_text"
+    layers, base = config["num_hidden_layers"], config["rope_theta"]
+    mean = config["hidden_size"] // config["num_attention_heads"]
+    wide = (meta.architecture, layers) in GEMMA_27B
+    window = meta.number("ARCH.attention.sliding_window", 0 if third else 4096)
+    slides = _slides(meta, layers, 6 if third else 2, window)
+    local = meta.get("ARCH.rope.freq_base_swa", float, 10000.0 if third else base)
+    if not third and local != base:
+        raise UnsupportedError(
+            f"{meta.where}: rope.freq_base_swa is {local:g}, rope.freq_base {base:g}; "
+            "layers of Gemma 2 rotate alike"
+        )
+    own: dict[str, Any] = {
+        "query_pre_attn_scalar": mean if wide else config["head_dim"],
+        "sliding_window": window or None,
+        "layer_types": ["sliding_attention" if s else "full_attention" for s in slides],
+    }
+    if third:
+        own["rope_local_base_freq"] = local
+    for key, usual in (("attn", 50.0), ("final", 30.0)):
+        key = f"{key}_logit_softcapping"
+        own[key] = meta.get(f"ARCH.{key}", float, 0.0 if third else usual) or None
     return own
+
+
+def _slides(meta: Metadata, layers: int, usual: int, window: int) -> list[bool]:
+    """Which layers have a window: all but every n-th, or as a list says."""
+    key = "ARCH.attention.sliding_window_pattern".replace("ARCH", meta.architecture)
+    value = meta.values.get(key)
+    if isinstance(value, np.ndarray):
+        if value.dtype != bool or len(value) < layers:
+            raise FormatError(
+                f"{meta.where}: {key} has {len(value)} {value.dtype}, expected a bool "
+                f"for each of {layers} layers"
+            )
+        slides = [bool(v) for v in value[:layers]]
+    else:
+        every = meta.number(key, usual)
+        slides = [every <= 0 or (i + 1) % every != 0 for i in range(layers)]
+    return [slide and window > 0 for slide in slides]

@@ -5,6 +5,7 @@ decided from the plan of the model; data are pulled from the model's parts as th
 is written. Vectors are float32; matrices what `types` says.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -13,17 +14,19 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.converters.gguf_export import family_of, metadata_of, rope_tensors
+from qjax.converters.gguf_export import metadata_of
 from qjax.converters.gguf_layout import Value
-from qjax.converters.gguf_names import Place, gguf_names, places
+from qjax.converters.gguf_names import Place, is_matrix
+from qjax.converters.gguf_recipe import tensors
+from qjax.converters.gguf_rope import rope_tensors
 from qjax.converters.gguf_vocab import vocabulary
 from qjax.converters.gguf_write import write_gguf
 from qjax.converters.words import transposed
 from qjax.errors import SpecError
-from qjax.formats.ggml import TYPES, Ggml
+from qjax.formats.ggml import TYPES
 from qjax.ggml import GgmlTensor
 from qjax.io.files import content_of, shown
-from qjax.models import ModelConfig, plan
+from qjax.models import ModelConfig
 from qjax.models.weights import Entry
 from qjax.tensor import QuantizedTensor
 
@@ -38,7 +41,6 @@ def write_model(
     parts: Iterator[Mapping[str, Any]],
     files: Mapping[str, Any],
     types: Callable[[str, tuple[int, ...]], str],
-    pack: Callable[[np.ndarray, str, str], GgmlTensor],
     *,
     more: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -50,8 +52,8 @@ def write_model(
       config: the architecture.
       parts: parameters by path, in the order of the model.
       files: tokenizer files by name: paths or contents.
-      types: `(name, shape [out, in])` in the file to the type of a matrix.
-      pack: rounds a kernel `[in, out]` to a type; `(kernel, type, name)`.
+      types: `(name, shape [out, in])` in the file to the type of a matrix: that of its
+        blocks where it is packed, some float where it is not.
       more: further metadata.
       overwrite: replace an existing file.
 
@@ -60,27 +62,26 @@ def write_model(
       SpecError: the file exists, or a packed weight is not of its type.
     """
     where = shown(path)
-    family = family_of(config)
-    own = {"num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads}
-    own["head_dim"] = config.head_dim
-    found = places(gguf_names(family, config.layers), family, own)
     source = _Parts(parts)
-    tensors: list[tuple[str, str, tuple[int, ...], Any]] = []
+    made: list[tuple[str, str, tuple[int, ...], Any]] = []
     for name, factors in rope_tensors(config).items():
-        tensors.append((name, "f32", factors.shape, factors))
-    for entry in plan(config):
-        if entry.optional:
-            continue
-        place = found[entry.name]
-        shape = entry.shape[::-1] if place.turned else entry.shape
-        matrix = len(shape) == 2 and place.name != "position_embd.weight"
-        kind = types(place.name, shape) if matrix else "f32"
-        data = _data(source, entry, place, kind, pack)
-        tensors.append((place.name, kind, shape, data))
+        made.append((name, "f32", factors.shape, factors))
+    for entry, place, shape in tensors(config):
+        kind = types(place.name, shape) if is_matrix(place, shape) else "f32"
+        data = _data(source, entry, place, kind, where)
+        made.append((place.name, kind, shape, data))
+    *first, (name, kind, shape, data) = made
+    made = [*first, (name, kind, shape, itertools.chain(data, source.rest(where)))]
     metadata = metadata_of(config, "") | dict(more or {})
     metadata["general.quantization_version"] = Value("u32", VERSION)
     metadata |= _tokenizer(files, config, where)
-    write_gguf(path, metadata, tensors, overwrite=overwrite)
+    for name, token in (
+        ("bos", config.bos_id),
+        ("eos", next(iter(config.eos_ids), None)),
+    ):
+        if token is not None:
+            metadata.setdefault(f"tokenizer.ggml.{name}_token_id", Value("u32", token))
+    write_gguf(path, metadata, made, overwrite=overwrite)
 
 
 class _Parts:
@@ -98,38 +99,55 @@ class _Parts:
             self._part = dict(self._part) | dict(following)
         return {path: self._part.pop(path) for path in paths}
 
+    def rest(self, where: str) -> Iterator[np.ndarray]:
+        """Refuses parameters that nothing took; yields nothing."""
+        left = [*self._part, *(path for part in self._parts for path in part)]
+        if left:
+            raise SpecError(
+                f"{where}: the model has {', '.join(left[:5])}, for which its "
+                "architecture has no place in GGUF"
+            )
+        yield from ()
+
 
 def _data(
     source: _Parts,
     entry: Entry,
     place: Place,
     kind: str,
-    pack: Callable[[np.ndarray, str, str], GgmlTensor],
+    where: str,
 ) -> Iterator[np.ndarray]:
     """The bytes of one tensor, made when they are asked for."""
     params = source.take(entry.paths)
-    order = None if place.rows is None else np.argsort(place.rows)
-    if all(isinstance(leaf, QuantizedTensor) for leaf in params.values()):
-        q = entry.write_packed(params)
+    matrix = entry.shape[::-1] if place.turned else entry.shape
+    rows = place.rows(matrix[0])
+    order = None if rows is None else np.argsort(rows)
+    packed = [leaf for leaf in params.values() if isinstance(leaf, QuantizedTensor)]
+    if TYPES[kind].dtype is None:
+        q: Any = entry.write_packed(params) if len(packed) == len(params) else packed
         if not isinstance(q, GgmlTensor) or q.format.type != kind:
-            raise SpecError(f"{place.name}: is {q!r}, cannot be written as {kind}")
-        yield _rows(q, order)
+            raise SpecError(
+                f"{where}: {place.name} is {q!r}, expected blocks of {kind}"
+            )
+        rows = transposed(np.asarray(q.codes))
+        yield rows if order is None else rows[order]
         return
-    whole = entry.write(params)  # as transformers stores it
+    plain = {
+        path: leaf.dequantize() if isinstance(leaf, QuantizedTensor) else leaf
+        for path, leaf in params.items()
+    }
+    whole = entry.write(plain)  # as transformers stores it
     whole = whole.T if place.turned else whole
     whole = whole if order is None else whole[order]
-    whole = whole + np.asarray(place.added, whole.dtype) if place.added else whole
-    if TYPES[kind].dtype is not None:
-        yield np.ascontiguousarray(whole).astype(jnp.dtype(TYPES[kind].dtype))
-        return
-    kernel = np.ascontiguousarray(np.asarray(whole, np.float32).T)
-    yield _rows(pack(kernel, kind, place.name), None)
-
-
-def _rows(q: GgmlTensor, order: np.ndarray | None) -> np.ndarray:
-    """Rows of bytes as a file has them."""
-    rows = transposed(np.asarray(q.codes))
-    return rows if order is None else rows[order]
+    whole = whole.astype(np.float32) + np.float32(place.added) if place.added else whole
+    with np.errstate(over="ignore"):
+        made = np.ascontiguousarray(whole).astype(jnp.dtype(TYPES[kind].dtype))
+    if kind == "f16" and bool(np.any(np.isinf(made) & np.isfinite(whole))):
+        raise SpecError(
+            f"{where}: {place.name} has numbers beyond the largest of float16, "
+            f"{np.finfo(np.float16).max:g}; write it as bf16 or f32"
+        )
+    yield made
 
 
 def _tokenizer(
@@ -141,19 +159,9 @@ def _tokenizer(
         return json.loads(content_of(files[name], MAX_FILE)) if name in files else {}
 
     if "tokenizer.json" not in files:
-        return {}
+        return {"tokenizer.ggml.model": "no_vocab"}
     settings = read("special_tokens_map.json") | read("tokenizer_config.json")
     if "chat_template.jinja" in files:
         template = content_of(files["chat_template.jinja"], MAX_FILE).decode()
         settings["chat_template"] = template
     return vocabulary(read("tokenizer.json"), settings, config.vocab_size, where)
-
-
-def packed_like(kernel: np.ndarray, kind: str, name: str) -> GgmlTensor:
-    """Rounds a kernel `[in, out]` with llama.cpp's own search."""
-    from qjax.methods import quantize
-    from qjax.methods.ggml import GGML
-
-    del name
-    made: Any = quantize(jnp.asarray(kernel), Ggml(kind), GGML())
-    return made

@@ -20,7 +20,9 @@ from typing import Any
 
 import numpy as np
 
-_LAYER = re.compile(r"blk\.(\d{1,4})\.")
+from qjax.errors import FormatError
+
+_LAYER = re.compile(r"blk\.(0|[1-9]\d{0,3})\.")
 _SHARED = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -100,15 +102,43 @@ class Place:
 
     Attributes:
       name: its name in the GGUF file.
-      rows: the row of the GGUF tensor that each row of the tensor is, or None.
+      heads: number of heads whose rows were moved; 0 where rows are in order.
+      joined: of rows that were moved, whether three parts (query, key and value of
+        every head) stand one after the other; else pairs are interleaved.
       turned: stored as the transpose.
       added: what llama.cpp added to every number.
     """
 
     name: str
-    rows: np.ndarray | None = None
+    heads: int = 0
+    joined: bool = False
     turned: bool = False
     added: float = 0.0
+
+    def rows(self, count: int) -> np.ndarray | None:
+        """The row of the GGUF tensor that each row of the tensor is.
+
+        Args:
+          count: number of rows.
+
+        Returns:
+          Row numbers, or None where rows are in order.
+
+        Raises:
+          FormatError: so many rows do not belong to so many heads.
+        """
+        if not self.heads:
+            return None
+        parts = 3 if self.joined else 2
+        if count % (parts * self.heads):
+            raise FormatError(
+                f"{self.name}: {count} rows, expected a multiple of {parts} times the "
+                f"{self.heads} heads"
+            )
+        every = np.arange(count)
+        if self.joined:
+            return every.reshape(3, self.heads, -1).swapaxes(0, 1).reshape(-1)
+        return every.reshape(self.heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
 def hf_name(name: str, family: str) -> str | None:
@@ -145,33 +175,27 @@ def places(names: Any, family: str, config: Mapping[str, Any]) -> dict[str, Plac
       family: `model_type`.
       config: `config.json`, for numbers of heads.
     """
-    heads = config.get("num_attention_heads", 1)
-    keys = config.get("num_key_value_heads", heads)
+    heads = config["num_attention_heads"]
     found: dict[str, Place] = {}
     for name in names:
         own = hf_name(name, family)
         if own is None:
             continue
-        rows, turned, added = None, False, 0.0
+        place = Place(name)
         if family == "llama" and ".attn_q." in name:
-            rows = _pairs(heads, config["head_dim"])
+            place = Place(name, heads=heads)
         elif family == "llama" and ".attn_k." in name:
-            rows = _pairs(keys, config["head_dim"])
+            place = Place(name, heads=config["num_key_value_heads"])
         elif family == "gpt_neox" and ".attn_qkv." in name:
-            rows = _by_head(heads, config["head_dim"])
+            place = Place(name, heads=heads, joined=True)
         elif family == "gpt2" and name.startswith("blk.") and name.endswith(".weight"):
-            turned = "_norm" not in name
+            place = Place(name, turned="_norm" not in name)
         elif family.startswith("gemma") and name.endswith("norm.weight"):
-            added = 1.0
-        found[own] = Place(name, rows, turned, added)
+            place = Place(name, added=1.0)
+        found[own] = place
     return found
 
 
-def _pairs(heads: int, width: int) -> np.ndarray:
-    """Rows of halves out of rows of interleaved pairs, for every head."""
-    return np.arange(heads * width).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
-
-
-def _by_head(heads: int, width: int) -> np.ndarray:
-    """Rows of (query, key, value) per head out of all queries, keys, values."""
-    return np.arange(3 * heads * width).reshape(3, heads, -1).swapaxes(0, 1).reshape(-1)
+def is_matrix(place: Place, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is multiplied by, and may be packed; others are floats."""
+    return len(shape) == 2 and place.name != "position_embd.weight"

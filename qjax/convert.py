@@ -16,8 +16,8 @@ import numpy as np
 from qjax.artifact import Artifact, is_artifact
 from qjax.checkpoint import Assets, checkpoint_parts, open_packed, write_artifact
 from qjax.converters.affine import half_scales
-from qjax.converters.detect import SETTINGS
 from qjax.converters.huggingface import (
+    SETTINGS,
     TOKENIZER_FILES,
     open_checkpoint,
     write_checkpoint,
@@ -44,12 +44,14 @@ class Converted:
       rounded: weights that were rounded again, and why.
       dense: quantized weights that were written dense.
       kept: linear layers that were dense already.
+      types: of GGUF, the type of every matrix by its name there.
     """
 
     exact: list[str] = dataclasses.field(default_factory=list)
     rounded: dict[str, str] = dataclasses.field(default_factory=dict)
     dense: list[str] = dataclasses.field(default_factory=list)
     kept: list[str] = dataclasses.field(default_factory=list)
+    types: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def convert(
@@ -60,23 +62,27 @@ def convert(
     revision: str | None = None,
     overwrite: bool = False,
     requantize: bool = False,
+    calibration: Any = None,
 ) -> Converted:
     """Writes `source` as `fmt`.
 
     Args:
       source: qjax artifact, Hugging Face directory or Hub id.
-      target: directory to write; missing or empty, or with `overwrite` a model.
+      target: directory to write; missing or empty, or with `overwrite` a model. For
+        `gguf` a file.
       fmt: `qjax` (a checkpoint becomes an artifact, bit for bit; weights of a quantized
         one stay packed), `safetensors` (a dense Hugging Face directory that
         transformers loads; quantized weights are dequantized to the dtype of the
         original), or the format of another library: `gptq`, `gptq_v2`, `awq`, `bnb`,
         `hqq`, `compressed-tensors`, `quanto`, `mlx` (a Hugging Face directory whose
-        codes are those of the source).
+        codes are those of the source). `gguf` writes one file with the blocks, or the
+        dense weights, of the source, `gguf:Q4_K_M` and its like quantize a dense one.
       revision: of a Hub id.
       overwrite: replace an existing model directory.
       requantize: round what the format of another library cannot hold exactly, rather
         than refuse it: the scales alone to float16 where that is enough, otherwise the
         weight to the format's usual settings.
+      calibration: text or token ids, for presets of `gguf`; see `quantize_model`.
 
     Returns:
       What became of the weights.
@@ -86,9 +92,26 @@ def convert(
       UnsupportedError: a weight does not fit the format, or the source is not read.
       FormatError, IntegrityError: the source is damaged.
     """
-    if fmt not in FORMATS:
-        raise SpecError(f"format {fmt!r}: expected one of {', '.join(FORMATS)}")
     report = Converted()
+    kind, _, name = fmt.partition(":")
+    if kind == "gguf":
+        from qjax.convert_gguf import write_gguf_model
+
+        report.types = write_gguf_model(
+            source,
+            target,
+            name,
+            revision=revision,
+            overwrite=overwrite,
+            calibration=calibration,
+        )
+        return report
+    if fmt not in FORMATS:
+        raise SpecError(
+            f"format {fmt!r}: expected one of {', '.join(FORMATS)}, or gguf:PRESET"
+        )
+    if calibration is not None:
+        raise SpecError(f"format {fmt!r}: only presets of gguf take a calibration text")
     if is_artifact(source):
         if fmt == "qjax":
             raise SpecError(f"{os.fspath(source)}: is a qjax artifact already")

@@ -65,6 +65,7 @@ def quantize_model(
         it, or `source` is already quantized.
       NonFiniteError: a weight or a calibration activation is NaN or infinite.
     """
+    from qjax.converters.gguf_recipe import mixture
     from qjax.models import Decoder, ModelConfig
     from qjax.models.stacks import Stacks
 
@@ -73,29 +74,32 @@ def quantize_model(
     entries: dict[str, Any] = {}
 
     def run(config: ModelConfig, parts: Iterator[Any], tokenizer: Any) -> Any:
+        tokens = _tokens(calibration, tokenizer, config)
+        own = mixture(recipe, config, imatrix=tokens is not None)
         quantizer = PartQuantizer(
-            recipe,
+            own,
             config,
-            tokens=_tokens(calibration, tokenizer, config),
+            tokens=tokens,
             dtype=compute,
             nonfinite=nonfinite,
             progress=progress,
             mesh=mesh,
         )
         params = Stacks(config.layers)
-        rotated = rotate_parts(config, parts, recipe.rotate)
+        rotated = rotate_parts(config, parts, own.rotate)
         for index, (layer, part) in enumerate(rotated):
             done = quantizer.part(layer, index == 0, part)
             quantizer.step(part_name(layer, index == 0))
             held = {path: hold(leaf, compute) for path, leaf in done.items()}
             params.add(held)
         entries.update(quantizer.entries)
-        return params, quantizer.report(entries)
+        return params, quantizer.report(entries), own
 
     if isinstance(source, Decoder):
         compute = jnp.dtype(dtype or source.dtype)
         config, directory = source.config, getattr(source.assets, "directory", None)
-        params, report = run(config, source.parts(), _tokenizer(calibration, directory))
+        tokenizer = _tokenizer(calibration, directory)
+        params, report, recipe = run(config, source.parts(), tokenizer)
     else:
         compute = jnp.dtype(dtype or default)
         _refuse_artifact(source)
@@ -103,7 +107,7 @@ def quantize_model(
             config = ModelConfig.from_hf(checkpoint.config)
             directory = str(checkpoint.directory)
             tokenizer = _tokenizer(calibration, directory)
-            params, report = run(config, dense_parts(checkpoint), tokenizer)
+            params, report, recipe = run(config, dense_parts(checkpoint), tokenizer)
     model = Decoder(config, params, dtype=compute)
     model.report = report
     if directory is not None:
@@ -146,6 +150,7 @@ def quantize_checkpoint(
       NonFiniteError: a weight or a calibration activation is NaN or infinite.
       QjaxError: the disk is full; complete parts are kept.
     """
+    from qjax.converters.gguf_recipe import mixture
     from qjax.models import ModelConfig
 
     recipe = load_recipe(recipe)
@@ -157,6 +162,7 @@ def quantize_checkpoint(
             tokenizer = tokenizer_of(checkpoint.directory)
             tokenizer.check_vocab(config.vocab_size)
         tokens = _tokens(calibration, tokenizer, config)
+        recipe = mixture(recipe, config, imatrix=tokens is not None)
         quantizer = PartQuantizer(
             recipe,
             config,

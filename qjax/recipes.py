@@ -121,11 +121,14 @@ class Recipe:
       rotate: seed of random rotations of the residual stream and of value heads, which
         are folded into the weights before anything is quantized, or None; see
         `qjax.models.rotate`. For models with RMS norms.
+      mixture: a preset of llama.cpp, such as `Q4_K_M`, whose types depend on the model:
+        when a model is quantized, rules for every matrix take its place. Or None.
     """
 
     rules: tuple[Rule, ...]
     name: str = "custom"
     rotate: int | None = None
+    mixture: str | None = None
 
     def match(self, path: str, shape: Sequence[int]) -> Rule | None:
         """The deciding rule of a tensor, or None when it is kept.
@@ -142,7 +145,8 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; `recipe_from_dict` is the inverse."""
         spec = {"name": self.name, "rules": [rule.to_dict() for rule in self.rules]}
-        return spec if self.rotate is None else {**spec, "rotate": self.rotate}
+        more = {"rotate": self.rotate, "mixture": self.mixture}
+        return spec | {k: v for k, v in more.items() if v is not None}
 
 
 def recipe_from_dict(spec: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -158,7 +162,8 @@ def recipe_from_dict(spec: Mapping[str, Any], where: str = "recipe") -> Recipe:
       SpecError: a field is missing, unknown or of the wrong type.
     """
     rules = spec.get("rules")
-    if not isinstance(rules, list | tuple) or set(spec) - {"name", "rules", "rotate"}:
+    fields = {"name", "rules", "rotate", "mixture"}
+    if not isinstance(rules, list | tuple) or set(spec) - fields:
         raise SpecError(
             f'{where}: expected {{"name": ..., "rules": [...]}}, got {sorted(spec)}'
         )
@@ -169,7 +174,13 @@ def recipe_from_dict(spec: Mapping[str, Any], where: str = "recipe") -> Recipe:
             f"{where}: rotate is {rotate!r}, expected the seed of random rotations, an "
             "integer from 0 on, or nothing"
         )
-    return Recipe(parsed, str(spec.get("name", "custom")), rotate)
+    mixture = spec.get("mixture")
+    if mixture is not None and mixture not in LLAMA_CPP:
+        raise SpecError(
+            f"{where}: mixture is {mixture!r:.100}, expected one of "
+            f"{', '.join(LLAMA_CPP)}, or nothing"
+        )
+    return Recipe(parsed, str(spec.get("name", "custom")), rotate, mixture)
 
 
 def _rule(spec: Any, where: str) -> Rule:
@@ -266,11 +277,23 @@ BEST: dict[str, Recipe] = {
 """The least perplexity under half a bit more than their name says, on average."""
 
 
+LLAMA_CPP = (
+    *("Q2_K", "Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S"),
+    *("Q5_K_M", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS"),
+    *("IQ3_S", "IQ3_M", "IQ4_NL", "IQ4_XS"),
+)
+"""Presets of llama.cpp, in lower or upper case: embeddings and head are quantized too.
+
+Those with IQ need calibration, which the others use as an importance matrix."""
+
+
 def preset(name: str) -> Recipe:
     """The recipe of a preset name, or of any `METHOD-intB-gG[-sym]` combination.
 
     Args:
-      name: a key of `PRESETS`, or for example `hqq-int5-g32`, `rtn-int4`, `int6-g128`.
+      name: a key of `PRESETS`, one of `LLAMA_CPP`, or for example `hqq-int5-g32`,
+        `rtn-int4`, `int6-g128`.
 
     Raises:
       SpecError: unknown name; the message lists near matches.
@@ -281,6 +304,8 @@ def preset(name: str) -> Recipe:
     """
     if name in BEST:
         return BEST[name]
+    if name.upper() in LLAMA_CPP:
+        return Recipe((), name, mixture=name.upper())
     if name in PRESETS:
         return _keep_ends(*PRESETS[name], name)
     found = _NAMED.fullmatch(name)
@@ -289,9 +314,10 @@ def preset(name: str) -> Recipe:
         fmt = _int(int(found[2]), group, symmetric=found[4] == "-sym")
         method = _METHODS[found[1]] if found[1] else RTN("mse")
         return _keep_ends(fmt, method, name)
-    near = difflib.get_close_matches(name, [*PRESETS, *BEST], n=3, cutoff=0.5)
+    every = [*PRESETS, *BEST, *map(str.lower, LLAMA_CPP)]
+    near = difflib.get_close_matches(name, every, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    known = _known({**PRESETS, **BEST})
+    known = f"known: {', '.join(every)}"
     raise SpecError(
         f"unknown recipe {name!r}: {hint}{known}, any METHOD-intB-gG with "
         f"METHOD one of {', '.join(_METHODS)}, or the path of a JSON recipe"

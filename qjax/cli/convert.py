@@ -1,12 +1,12 @@
-"""`qjax convert MODEL --to OUT --format qjax|safetensors|gptq|...`."""
+"""`qjax convert MODEL --to OUT --format qjax|safetensors|gptq|gguf:Q4_K_M|...`."""
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from qjax.cli.output import Output
-from qjax.convert import FORMATS, convert
+from qjax.convert import convert
 from qjax.inspection import inspect
 from qjax.tensor import format_bytes
 
@@ -18,9 +18,13 @@ class Convert:
     model: tyro.conf.Positional[str]
     """qjax artifact, Hugging Face directory or Hub id."""
     to: Annotated[str, tyro.conf.arg(metavar="OUT")]
-    """Directory to write."""
-    format: Literal[FORMATS] = "safetensors"  # pyright: ignore[reportInvalidTypeForm]
-    """qjax artifact, dense safetensors, or the format of another library."""
+    """Directory to write, or a .gguf file."""
+    format: str = "safetensors"
+    """qjax artifact (qjax), dense safetensors, the format of another library (gptq,
+    gptq_v2, awq, bnb, hqq, compressed-tensors, quanto, mlx), or a GGUF file: gguf for
+    the source's blocks or floats, gguf:Q4_K_M and its like to quantize."""
+    calibration: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Text for presets of gguf, which becomes their importance matrix."""
     requantize: bool = False
     """Round weights again that the format cannot hold exactly, rather than refuse."""
     revision: str | None = None
@@ -40,6 +44,7 @@ class Convert:
             revision=self.revision,
             overwrite=self.force,
             requantize=self.requantize,
+            calibration=self.calibration,
         )
         found = inspect(self.to)
         self.output.console.print(

@@ -1,0 +1,96 @@
+"""IQ4_NL and IQ4_XS: a table of sixteen values, the scale of 32 weights searched for.
+
+Encoders take blocks `x [elements, *blocks]` and the imatrix's values of their inputs,
+`[elements, ...]` broadcastable to them, or None; they return bytes `[bytes, *blocks]`.
+
+Reference: ggml `src/ggml-quants.c` (MIT): `quantize_row_iq4_nl_impl`.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from qjax.formats.base import divided, rounded
+from qjax.methods.ggml_bytes import (
+    bits_of,
+    groups,
+    half,
+    half_bytes,
+    joined,
+    stacked,
+    ungrouped,
+)
+from qjax.methods.ggml_search import (
+    TINY,
+    best_of,
+    extreme,
+    inverse,
+    quotients,
+    ratio,
+    total,
+)
+
+Blocks = Float[Array, "e *blocks"]
+Importance = Float[Array, "e ..."] | None
+Bytes = UInt8[Array, "b *blocks"]
+_TABLE = np.array(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+)
+_BOUNDS = (_TABLE[1:] + _TABLE[:-1]) / 2
+
+
+def iq4_nl(x: Blocks, importance: Importance) -> Bytes:
+    """4 bits and a scale for 32."""
+    scale = _search(x, _weights(x, importance))
+    codes = _count(inverse(scale) * x, np.ones(15))
+    return stacked(half_bytes(half(scale)), joined(codes, 4, 16))
+
+
+def iq4_xs(x: Blocks, importance: Importance) -> Bytes:
+    """4 bits, and scales of 6 bits for 32."""
+    grouped = groups(x, 32)
+    scales = _search(grouped, groups(_weights(x, importance), 32))
+    step = extreme(scales) / -32
+    scales = jnp.clip(jnp.round(inverse(step) * scales), -32, 31)
+    codes = _count(inverse(step * scales) * grouped, np.ones(15))
+    scales = scales + 32
+    high, low = joined(bits_of(scales, 4, 3), 2), joined(bits_of(scales, 0, 15), 4)
+    codes = joined(ungrouped(codes), 4, 16)
+    return stacked(half_bytes(half(step)), high, low, codes)
+
+
+def _weights(x, importance):
+    square = rounded(x * x)
+    if importance is None:
+        return square
+    mean = total(lambda a: a * a, x) * (2.0 / x.shape[0])
+    return importance * jnp.sqrt(mean + square)
+
+
+def _search(x, weight):
+    """The scale whose nearest table entries explain most, of sixteen."""
+    top = extreme(x)
+    zero = jnp.abs(top) < TINY
+    top = jnp.where(zero, 1.0, top)
+    first = inverse(divided(-top, jnp.full_like(top, -127.0)))
+    tried = quotients(np.arange(-7, 8) + _TABLE[0], top)
+    inv = jnp.concatenate([first[None], tried])
+
+    def sums(x, w):
+        value = _count(inv * x, np.diff(_TABLE)) + float(_TABLE[0])
+        part = w * value
+        return part * x, part * value
+
+    def better(new, best):
+        return (new["l2"] > 0) & (new["lx"] * new["lx"] > best["energy"] * new["l2"])
+
+    lx, l2 = total(sums, x, weight)
+    scale = ratio(lx, l2)
+    tried = {"scale": scale, "lx": lx, "l2": l2, "energy": scale * lx}
+    return jnp.where(zero, 0.0, best_of(better, tried)["scale"])
+
+
+def _count(x, steps: np.ndarray):
+    """Sum of the steps at the bounds between table entries that `x` reaches."""
+    pairs = zip(_BOUNDS, steps, strict=True)
+    return sum(jnp.where(x >= float(b), float(s), 0.0) for b, s in pairs)
