@@ -6,6 +6,7 @@ and gives every method the statistics it needs, layer by layer in the order they
 Beyond a part it holds the activations (on the host) and one Hessian.
 """
 
+import dataclasses
 import resource
 import sys
 import time
@@ -21,16 +22,15 @@ from qjax.calibration import BlockStream
 from qjax.checkpoint import hold
 from qjax.errors import SpecError
 from qjax.methods import (
-    Curvature,
     SignRound,
     Statistics,
-    check_curvature,
     needs_of,
     prepare,
     tune_block,
     uses_of,
 )
 from qjax.methods.array import check_finite
+from qjax.methods.hessian import damping_raised
 from qjax.models import ModelConfig
 from qjax.models.fold import fold_layer
 from qjax.parameter import quantize_parameter, quantized_report, source_report
@@ -52,6 +52,8 @@ class PartQuantizer:
       progress: called after each part.
       batch: calibration windows per step.
       mesh: devices that share the calibration batches.
+      importances: in place of tokens, mean squares of the inputs of weights and how
+        many inputs they are of, by path (an importance matrix).
 
     Raises:
       SpecError: a method of the recipe needs calibration and there are no tokens.
@@ -68,7 +70,9 @@ class PartQuantizer:
         progress: Callable[[Progress], None] | None = None,
         batch: int = 8,
         mesh: Any = None,
+        importances: Mapping[str, tuple[np.ndarray, int]] | None = None,
     ):
+        self._importances = importances or {}
         self._recipe, self._config = recipe, config
         self._nonfinite, self._progress = nonfinite, progress
         self._dtype = jnp.dtype(dtype)
@@ -78,7 +82,7 @@ class PartQuantizer:
         rules = [rule for rule in recipe.rules if rule.format is not None]
         needs = frozenset[str]().union(*(needs_of(r.method) for r in rules))
         uses = frozenset[str]().union(*(uses_of(r.method) for r in rules))
-        if needs and tokens is None:
+        if needs and tokens is None and (needs - {"square"} or not importances):
             method = next(r.method.name for r in rules if needs_of(r.method))
             raise SpecError(
                 f"recipe {recipe.name!r}: its method {method} needs calibration; pass "
@@ -245,10 +249,10 @@ class PartQuantizer:
             if statistics is not None:
                 weights = [jnp.asarray(part[path]) for path in paths]
                 shared = prepare(method, fmt, weights, statistics)
-            raised = _damping_raised(shared, paths[0])
+            raised = damping_raised(shared, paths[0])
             for path in paths:
                 done[path] = self._one(path, part[path], statistics, shared)
-                if raised:
+                if raised and "fallback" not in self.entries[path]:
                     self.entries[path]["damping_raised"] = raised
         return done
 
@@ -259,8 +263,11 @@ class PartQuantizer:
         for path, w in part.items():
             rule = self._recipe.match(path, w.shape)
             needs = frozenset[str]() if rule is None else uses_of(rule.method)
-            statistics = self._stream.head(self._held(part), needs) if needs else None
-            done[path] = self._one(path, w, statistics)
+            if rule is None or not needs:
+                done[path] = self._one(path, w)
+                continue
+            statistics = self._stream.head(self._held(part), needs)
+            done |= self._group(part, {path: rule}, statistics)
         return done
 
     def _one(
@@ -270,6 +277,11 @@ class PartQuantizer:
         statistics: Statistics | None = None,
         shared: Any = None,
     ) -> Any:
+        if statistics is None and path in self._importances:
+            mean, count = self._importances[path]
+            zeros = Statistics.zeros(len(mean))
+            counted = {"count": zeros.count + count, "square": mean * float(count)}
+            statistics = dataclasses.replace(zeros, **counted)
         leaf, self.entries[path] = quantize_parameter(
             path,
             w,
@@ -308,13 +320,6 @@ class PartQuantizer:
             tensors=tuple({"name": p, **e} for p, e in quantized.items()),
             kept=tuple({"name": p, **e} for p, e in kept.items()),
         )
-
-
-def _damping_raised(shared: Any, path: str) -> int:
-    """Times the damping of a Hessian was raised; an error if that did not help."""
-    parts = jax.tree.leaves(shared, is_leaf=lambda x: isinstance(x, Curvature))
-    found = [check_curvature(p, path) for p in parts if isinstance(p, Curvature)]
-    return max(found, default=0)
 
 
 def peak_memory_bytes() -> int:

@@ -24,6 +24,7 @@ from qjax.checkpoint import Assets, dense_parts, hold, tokenizer_of
 from qjax.converters.huggingface import open_checkpoint
 from qjax.errors import SpecError
 from qjax.formats import Format
+from qjax.io.files import sha256_file
 from qjax.methods import quantize as quantize
 from qjax.models.rotate import rotate_parts
 from qjax.parts import PartQuantizer
@@ -50,7 +51,8 @@ def quantize_model(
         is read layer by layer, so memory stays at packed size plus one layer.
       recipe: a recipe, a format for all kernels, a preset name or a JSON file.
       calibration: for recipes that need it: token ids `[windows, time]` or `[tokens]`,
-        or the path of a text file; see `qjax.calibration.calibration_windows`.
+        or the path of a text file; see `qjax.calibration.calibration_windows`. For
+        llama.cpp's presets also the path of an importance matrix.
       revision: of a Hub id.
       dtype: compute dtype; default that of `source`, or `load`'s default.
       nonfinite: see `quantize`.
@@ -74,8 +76,8 @@ def quantize_model(
     entries: dict[str, Any] = {}
 
     def run(config: ModelConfig, parts: Iterator[Any], tokenizer: Any) -> Any:
-        tokens = _tokens(calibration, tokenizer, config)
-        own = mixture(recipe, config, imatrix=tokens is not None)
+        tokens, importances = _calibration(calibration, tokenizer, config)
+        own = mixture(recipe, config, imatrix=calibration is not None)
         quantizer = PartQuantizer(
             own,
             config,
@@ -84,6 +86,7 @@ def quantize_model(
             nonfinite=nonfinite,
             progress=progress,
             mesh=mesh,
+            importances=importances,
         )
         params = Stacks(config.layers)
         rotated = rotate_parts(config, parts, own.rotate)
@@ -161,8 +164,8 @@ def quantize_checkpoint(
         if checkpoint.tokenizer_files:
             tokenizer = tokenizer_of(checkpoint.directory)
             tokenizer.check_vocab(config.vocab_size)
-        tokens = _tokens(calibration, tokenizer, config)
-        recipe = mixture(recipe, config, imatrix=tokens is not None)
+        tokens, importances = _calibration(calibration, tokenizer, config)
+        recipe = mixture(recipe, config, imatrix=calibration is not None)
         quantizer = PartQuantizer(
             recipe,
             config,
@@ -171,6 +174,7 @@ def quantize_checkpoint(
             nonfinite=nonfinite,
             progress=progress,
             mesh=mesh,
+            importances=importances,
         )
         identity = {
             "source": checkpoint.fingerprint(),
@@ -179,6 +183,8 @@ def quantize_checkpoint(
         }
         if tokens is not None:
             identity["calibration"] = hashlib.sha256(tokens.tobytes()).hexdigest()
+        elif importances:
+            identity["calibration"] = sha256_file(calibration)
         with ArtifactWriter(target, identity, overwrite=overwrite) as out:
             parts = rotate_parts(config, dense_parts(checkpoint), recipe.rotate)
             for index, (layer, part) in enumerate(parts):
@@ -200,10 +206,14 @@ def quantize_checkpoint(
     return report
 
 
-def _tokens(calibration: Any, tokenizer: Any, config: Any) -> Any:
-    """Calibration windows of any source, or None."""
+def _calibration(calibration: Any, tokenizer: Any, config: Any) -> tuple[Any, Any]:
+    """Calibration windows of any source or None, and importances by path or None."""
+    from qjax.converters.gguf_imatrix import is_imatrix, read_imatrix
+
     if calibration is None:
-        return None
+        return None, None
+    if is_imatrix(calibration):
+        return None, read_imatrix(calibration).by_path(config)
     windows = calibration_windows(
         calibration,
         tokenizer,
@@ -215,7 +225,7 @@ def _tokens(calibration: Any, tokenizer: Any, config: Any) -> Any:
             f"calibration: windows of {windows.shape[1]} tokens exceed the model's "
             f"context of {config.max_context}; cut them"
         )
-    return windows
+    return windows, None
 
 
 def _tokenizer(calibration: Any, directory: str | None) -> Any:
