@@ -7,10 +7,12 @@
 * `mxfp4`, `mxfp8`: E2M1 or E4M3 codes, E8M0 scales of 32 inputs as uint8.
 * `nvfp4`: E2M1 codes, E4M3 scales of 16 inputs as uint8.
 
-config.json says `group_size`, `bits` and `mode` under `quantization`, and what differs
-under a layer's name; embeddings are quantized as linear layers are.
+config.json says `group_size`, `bits` and `mode` under `quantization`. What it says
+under a layer's name stands alone: 4 bits in groups of 64 where that leaves something
+out. Of layers without an entry, what differs is seen from the model's shape, as mlx-lm
+does. Embeddings are quantized as linear layers are.
 
-Reference: MLX 0.32 `mlx.core.quantize`; mlx-lm `utils.py`.
+Reference: MLX 0.32 `mlx.core.quantize`, `nn.quantize`; mlx-lm 0.32 `utils.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,6 +38,7 @@ PARTS = {
 }
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
+USUAL = {"bits": 4, "group_size": 64}
 FLOATS: dict[str, Any] = {"mxfp4": MXFP4(), "mxfp8": MXFP8(), "nvfp4": NVFP4()}
 
 
@@ -50,13 +53,17 @@ class MLX:
     kind, marks, parts, stated = "mlx", ("scales",), PARTS, ()
 
     def __init__(self, settings: Mapping[str, Any], where: str):
-        self._where, self._settings = where, settings
-        own = [value for value in settings.values() if isinstance(value, Mapping)]
-        self._kinds = [self._kind(entry) for entry in ({}, *own)]
+        self._where = where
+        whole = {k: USUAL.get(k) if v is None else v for k, v in settings.items()}
+        self._usual = self._kind(whole)
+        self._own = {
+            name: self._kind(USUAL | {k: v for k, v in value.items() if v is not None})
+            for name, value in settings.items()
+            if isinstance(value, Mapping)
+        }
 
-    def _kind(self, own: Mapping[str, Any]) -> tuple[str, int, int] | None:
+    def _kind(self, said: Mapping[str, Any]) -> tuple[str, int, int] | None:
         """Mode, bits and group; None where the settings do not say them."""
-        said = {**self._settings, **own}
         mode = said.get("mode", "affine")
         if isinstance(mode, str) and mode in FLOATS:
             fmt = FLOATS[mode]
@@ -80,11 +87,12 @@ class MLX:
         """
         cols, words = parts["weight"].shape
         rate, rest = divmod(words * 32, parts["scales"].shape[1])
-        kinds = [kind for kind in (*self._kinds, _floats(parts)) if kind is not None]
-        sizes = [words * 32 // bits for _, bits, group in kinds if bits * group == rate]
+        kinds = (self._usual, *self._own.values(), _floats(parts))
+        found = [kind for kind in (self._told(parts), *kinds) if kind is not None]
+        sizes = [words * 32 // bits for _, bits, group in found if bits * group == rate]
         if "expected_shape" in parts:
-            wanted = tuple(int(size) for size in parts["expected_shape"])
-            sizes = [wanted[1]] if wanted[1] in sizes else sizes
+            wanted = [int(size) for size in parts["expected_shape"][1:]]
+            sizes = wanted if set(wanted) & set(sizes) else sizes
         if rest or not sizes:
             raise FormatError(
                 f"{self._where}: weight {list(parts['weight'].shape)} and scales "
@@ -93,11 +101,22 @@ class MLX:
             )
         return cols, sizes[0]
 
+    def _told(self, parts: Mapping[str, Any]) -> tuple[str, int, int] | None:
+        """What integers a layer is that is not as most are, by the model's shape."""
+        if "biases" not in parts or len(parts.get("expected_shape", ())) != 2:
+            return None
+        rows = int(parts["expected_shape"][1])
+        groups, total = parts["scales"].shape[1], parts["weight"].shape[1] * 32
+        if self._usual and self._usual[1] * self._usual[2] * groups == total:
+            return None
+        if rows < 1 or rows % groups or total % rows or total // rows not in WIDTHS:
+            return None
+        return "affine", total // rows, rows // groups
+
     def read(self, parts: Mapping[str, np.ndarray], where: str) -> QuantizedTensor:
         """One weight `[in, out]`, packed."""
-        own = self._settings.get(layer_name(where))
-        kind = _floats(parts)
-        kind = kind or self._kind(own if isinstance(own, Mapping) else {})
+        own = self._own.get(layer_name(where))
+        kind = _floats(parts) or own or self._told(parts) or self._usual
         words, scales = parts["weight"], parts["scales"]
         if kind is None:
             raise FormatError(f"{where}: config.json does not say bits and group_size")
@@ -111,6 +130,11 @@ class MLX:
         little = np.ascontiguousarray(words).astype("<u4", copy=False)
         codes = transposed(little.view(np.uint8))
         scale = np.ascontiguousarray(scales.T)
+        if mode in FLOATS and (scale.dtype != np.uint8 or "biases" in parts):
+            raise FormatError(
+                f"{where}: scales of {scale.dtype} for {mode}, expected uint8 and no "
+                "biases"
+            )
         if mode in FLOATS:
             return _minifloats(codes, scale, FLOATS[mode], (rows, cols))
         bias = parts["biases"]

@@ -8,6 +8,7 @@ them follows from their dtypes and shapes.
   `(code - zero_point) * scale`.
 * `Int4Tensor`: `qdata` int8 `[out, in / 2]`, the even input in the low nibble, signed;
   `scale` and `zero_point` `[groups, out]`: `code * scale + zero_point`.
+* `Int4TilePackedTo4dTensor`: see `qjax.converters.torchao_tiles`.
 * `Float8Tensor`: `qdata` float8 and a `scale` per tensor, output or block of 128.
 * `MXTensor`: `qdata` float8, or uint8 with two E2M1 codes, the first in the low nibble;
   `scale` E8M0 `[out, in / 32]`.
@@ -33,6 +34,7 @@ import numpy as np
 
 from qjax.converters.affine import affine
 from qjax.converters.biases import affine_of_bias
+from qjax.converters.torchao_tiles import SCALES, tile_shape, tiled
 from qjax.converters.words import transposed
 from qjax.errors import FormatError, UnsupportedError
 from qjax.formats import FP8, MXFP4, MXFP8, NVFP4
@@ -49,14 +51,14 @@ PARTS = {
         "qdata": ("any", None),
         "scale": ("any", None),
         "zero_point": ("any", None),
-        "scale_and_zero": ("any", None),
+        SCALES: ("floating", None),
         "act_pre_scale": ("floating", None),
         "act_quant_scale": ("floating", None),
         "act_quant_zero_point": ("any", None),
         "per_tensor_scale": ("floating", None),
         "act_per_tensor_scale": ("floating", None),
     }.items()
-}
+} | {"expected_shape": ("integer", 1)}
 E4M3, E5M2 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 ELEMENTS = {E4M3: "e4m3", E5M2: "e5m2"}
@@ -75,6 +77,7 @@ class TorchAO:
 
     def __init__(self, settings: Mapping[str, Any], where: str):
         said = json.dumps(settings.get("quant_type", ""), default=str)
+        self._where, self._amd = where, '"int4_tile_packed_ntile": 16' in said
         kinds = [kind for kind in ROUNDED if kind in said]
         self._activation = ROUNDED[kinds[0]] if kinds else None
         self._bits = next((b for b in range(1, 9) if f'"int{b}"' in said), None)
@@ -88,6 +91,10 @@ class TorchAO:
     def shape(self, parts: Mapping[str, Any]) -> tuple[int, ...]:
         """`(out, in)`; see `Reader.shape`."""
         parts = _named(parts)
+        if SCALES in parts:
+            return tile_shape(parts, self._where)
+        if len(parts["qdata"].shape) != 2:
+            return tuple(parts["qdata"].shape)  # which `read` refuses
         cols, rows = parts["qdata"].shape
         return cols, rows * (2 if _paired(parts) else 1)
 
@@ -95,12 +102,20 @@ class TorchAO:
         """One weight `[in, out]`, in wrappers for what happens to activations."""
         parts = _named(parts)
         data = parts["qdata"]
-        if "scale_and_zero" in parts or data.ndim != 2 or data.dtype == np.int32:
+        several = data.ndim != (4 if SCALES in parts else 2)
+        if several or (data.dtype == np.int32 and SCALES not in parts):
             raise UnsupportedError(
                 f"{where}: {data.dtype} {list(data.shape)} is in the order of one "
                 "kernel, or of several matrices, and is not read; expected one matrix "
-                "in torchao's plain layout"
+                "in torchao's plain layout, or 4-bit integers in tiles for CUDA"
             )
+        if SCALES in parts:
+            if self._amd:
+                raise UnsupportedError(
+                    f"{where}: int4_tile_packed_ntile is 16 in quant_type, as for "
+                    "tiles of AMD's kernels, whose order is not read; expected 8"
+                )
+            return self._inputs(tiled(parts, where), parts, where)
         scale = parts["scale"]
         if data.dtype == np.int8:
             made = (_nibbles if _paired(parts) else self._integers)(parts, where)
@@ -155,6 +170,10 @@ class TorchAO:
             )
         if self._activation is not None or static is not None:
             scale = static if static is None else static.astype("f4").reshape(())
+            if scale is not None and not 0 < scale < np.inf:
+                raise FormatError(
+                    f"{where}: act_quant_scale is {scale}, expected a positive number"
+                )
             made = RoundedInputs(made, self._activation or "int8", scale)
         before = parts.get("act_pre_scale")
         if before is None:
@@ -253,9 +272,11 @@ def _microscaled(parts: Mapping[str, np.ndarray], where: str) -> QuantizedTensor
     if nv:
         scale = scale.view(E4M3)
         factor = parts.get("per_tensor_scale", np.ones((), np.float32))
-        if factor.size != 1 or not float(factor.reshape(())) > 0:
+        with np.errstate(all="ignore"):
+            whole = np.float32(1) / factor.astype(np.float32)
+        if whole.size != 1 or not 0 < float(whole.reshape(())) < np.inf:
             raise FormatError(f"{where}: per_tensor_scale is not one positive number")
-        whole = (np.float32(1) / factor.astype(np.float32)).reshape(1, 1)
+        whole = whole.reshape(1, 1)
     return MinifloatTensor(
         transposed(data), scale, whole, fmt, (rows, cols), "bfloat16"
     )

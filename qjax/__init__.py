@@ -35,6 +35,7 @@ from qjax.formats import NF4 as NF4
 from qjax.formats import NVFP4 as NVFP4
 from qjax.formats import Cast as Cast
 from qjax.formats import Format as Format
+from qjax.formats import Ggml as Ggml
 from qjax.formats import Int as Int
 from qjax.generate import Generation as Generation
 from qjax.generate import generate as generate

@@ -15,6 +15,7 @@ from qjax.methods.fisher import fisher_gradients as fisher_gradients
 from qjax.methods.fold import fold_into_norm as fold_into_norm
 from qjax.methods.fold import fold_into_previous as fold_into_previous
 from qjax.methods.fused import explain as explain
+from qjax.methods.ggml import GGML as GGML
 from qjax.methods.gptaq import GPTAQ as GPTAQ
 from qjax.methods.gptq import GPTQ as GPTQ
 from qjax.methods.hessian import Curvature as Curvature

@@ -178,3 +178,19 @@ LAYOUTS: dict[str, Layout] = {
     ),
 }
 """Tensor names by `model_type`."""
+
+
+def turned(kind: object) -> tuple[str, ...]:
+    """Ends of names of matrices that are stored `[in, out]`: transformers' Conv1D.
+
+    Quantizers store them as those of linear layers, which are dense `[out, in]`.
+
+    Args:
+      kind: `model_type` of config.json.
+    """
+    rows = LAYOUTS[str(kind)].layer if str(kind) in LAYOUTS else ()
+    return tuple(
+        f".{name}"
+        for name, stored, paths in rows
+        if not stored.transposed and paths[0].endswith(".kernel")
+    )

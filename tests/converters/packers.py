@@ -35,3 +35,26 @@ def dense(codes, scales, zeros, index) -> np.ndarray:
     """`(code - zero) * scale` in float32 by the group of each input."""
     wide = codes.astype(np.float32) - zeros[index].astype(np.float32)
     return wide * scales[index].astype(np.float32)
+
+
+def tiled_words(codes: np.ndarray, tiles: int) -> np.ndarray:
+    """int32 `[out / 8, in / (16 tiles), 32, tiles / 2]` of 4-bit codes `[out, in]`.
+
+    As PTX lays out the B operand of `mma.m16n8k16` over lanes: lane `l` holds, of
+    column `l // 4`, rows `2 (l % 4)` and the next, and both 8 below. tinygemm puts two
+    such operands into a word: first the even rows of all, then the odd ones.
+    """
+    out, wide = codes.shape
+    made = np.zeros((out // 8, wide // (16 * tiles), 32, tiles // 2), np.uint32)
+    for a, s, lane, j in np.ndindex(made.shape):
+        start = 16 * (tiles * s + 2 * j)
+        rows = [
+            start + 16 * operand + 8 * below + 2 * (lane % 4) + odd
+            for odd in range(2)
+            for operand in range(2)
+            for below in range(2)
+        ]
+        for place, row in enumerate(rows):
+            code = int(codes[8 * a + lane // 4, row])
+            made[a, s, lane, j] |= np.uint32(code << (4 * place))
+    return made.view(np.int32)

@@ -145,6 +145,46 @@ def test_shape_that_two_settings_fit():
     np.testing.assert_allclose(q.dequantize("f4"), want, rtol=1e-5, atol=1e-6)
 
 
+def test_settings_of_one_layer_stand_alone():
+    """What a layer's own settings leave out is MLX's default, not the checkpoint's."""
+    settings = {
+        "bits": 8,
+        "group_size": 128,
+        "m.a": {"bits": 6, "group_size": None},  # as mlx-lm's mixed recipes write it
+        "m.b": {"group_size": 32},
+        "m.c": True,
+    }
+    reader = MLX(settings, "here")
+    for name, kind in (("m.a", (6, 64)), ("m.b", (4, 32)), ("m.c", (8, 128))):
+        parts, want = layer(*kind)
+        assert reader.shape(parts) == (5, 128)
+        q = reader.read(parts, f"here: {name}")
+        np.testing.assert_allclose(q.dequantize("f4"), want, rtol=1e-5, atol=1e-6)
+    parts, want = layer(4, 64)
+    reader = MLX({"bits": None, "group_size": None}, "here")
+    assert reader.shape(parts) == (5, 128)
+    np.testing.assert_allclose(
+        reader.read(parts, "here: a").dequantize("f4"), want, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"bits": 4, "group_size": 64}])
+def test_layers_that_the_settings_leave_out(settings):
+    """As mlx-lm does, from the model's shape, unless the settings fit."""
+    parts, want = layer(6, 32)
+    parts["expected_shape"] = np.array([5, 128])
+    reader = MLX(settings, "here")
+    assert reader.shape(parts) == (5, 128)
+    got = reader.read(parts, "here: a").dequantize("f4")
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    for told in ([5, 120], [5, 100], [5, 0], [5]):
+        with pytest.raises(FormatError, match="fit no bits and group_size"):
+            reader.shape(parts | {"expected_shape": np.array(told)})
+    parts, _ = layer(4, 64, wide=256)
+    parts["expected_shape"] = np.array([5, 128])  # 8 bits by 32 would fit as well
+    assert MLX({"bits": 4, "group_size": 64}, "here").shape(parts) == (5, 256)
+
+
 def test_settings_that_are_missing():
     parts, _ = layer(4, 32)
     with pytest.raises(FormatError, match="fit no bits and group_size that config"):

@@ -87,7 +87,6 @@ def test_activations(caplog):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"scale_and_zero": np.ones(2)}, UnsupportedError, "the order of one kernel"),
         ({"qdata": np.zeros((6, 8), "i4")}, UnsupportedError, r"int32 \[6, 8\] is in"),
         ({"qdata": np.zeros((2, 6, 8), "i1")}, UnsupportedError, "several matrices"),
         ({"scale": np.ones((5, 4), "f4")}, FormatError, r"scales \[5, 4\] for codes"),

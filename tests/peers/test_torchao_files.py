@@ -1,11 +1,15 @@
 """Layers that torchao flattened into safetensors, read as it dequantizes them."""
 
 import json
+import pathlib
+import runpy
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from qjax.converters.huggingface import open_checkpoint
+from qjax.converters.packed import PackedCheckpoint
 from qjax.converters.torchao import TorchAO
 from qjax.wrappers import RoundedInputs
 
@@ -14,7 +18,9 @@ quantization = pytest.importorskip("torchao.quantization")
 formats = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
 nvfp4 = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
 support = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
+save_file = pytest.importorskip("safetensors.torch").save_file
 
+PACKERS = pathlib.Path(__file__).parents[1] / "converters" / "packers.py"
 OUT, WIDE = 48, 256
 VIEWS = {
     torch.bfloat16: (torch.uint16, ml_dtypes.bfloat16),
@@ -126,3 +132,55 @@ def test_settings_as_transformers_writes_them():
         weight(), (1, 32), torch.int4
     )
     assert read(tensor, said).format.bits == 6  # as said, though fewer would do
+
+
+@pytest.fixture
+def tile_packed(monkeypatch):
+    """Makes 4-bit tensors in tiles, and their codes as the kernel was given them.
+
+    PyTorch packs tiles on GPUs only. Its kernel is replaced by a restatement; all else
+    is torchao's: what is filled up, scales, zero-points and the order of codes.
+    """
+    words = runpy.run_path(str(PACKERS))["tiled_words"]
+    given = []
+
+    def kernel(data, tiles):
+        given.append(torch.stack([data >> 4, data & 15], -1).flatten(1).int())
+        shape = torch.ops.aten._convert_weight_to_int4pack(data.to("meta"), tiles).shape
+        made = torch.from_numpy(words(given[-1].numpy(), tiles))
+        assert made.shape == shape
+        return made
+
+    def make(weight, group, algorithm):
+        kind = quantization.Int4TilePackedTo4dTensor
+        return kind.from_hp(weight, [1, group], algorithm), given[-1]
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_convert_weight_to_int4pack", kernel, "CPU")
+        yield make
+
+
+@pytest.mark.parametrize(("algorithm", "group"), [("tinygemm", 32), ("hqq", 256)])
+def test_tiles(tile_packed, algorithm, group, tmp_path):
+    primitives = pytest.importorskip("torchao.quantization.quant_primitives")
+    out, wide = OUT - 3, 1000  # filled up to 48 and 1024
+    w = torch.randn(out, wide, dtype=torch.bfloat16)
+    tensor, codes = tile_packed(w, group, algorithm)
+    scale, zero = tensor.scale_and_zero.unbind(-1)
+    want = primitives._dequantize_affine_tinygemm(
+        *(codes, (1, group), scale.T.float(), zero.T.float(), torch.int32, 0, 15),
+        output_dtype=torch.float32,
+    )[:out, :wide]
+    assert (want - w).abs().max() < 0.5  # as fine as 4 bits are
+    tensors, metadata = support.flatten_tensor_state_dict({"a.weight": tensor})
+    save_file(tensors, tmp_path / "model.safetensors", metadata)
+    config = quantization.Int4WeightOnlyConfig(group, True, "tile_packed_to_4d")
+    transformers = pytest.importorskip("transformers")
+    said = transformers.TorchAoConfig(config).to_json_string()
+    (tmp_path / "config.json").write_text(f'{{"quantization_config": {said}}}')
+    with open_checkpoint(tmp_path) as source:
+        opened = PackedCheckpoint(source, {"a.weight": (out, wide)})
+        assert opened.shape("a.weight") == (out, wide)
+        got = opened.read("a.weight").dequantize("float32")
+    np.testing.assert_allclose(got, want.numpy().T, rtol=0, atol=2e-6)

@@ -1,7 +1,7 @@
 """Makes `peers.npz`: one layer as each library saves it, and what it decodes it to.
 
 Run with transformers 5.24.0, torch 2.13.0 (CPU), bitsandbytes 0.50.2, optimum-quanto
-0.2.7, hqq 0.2.8.post1 and torchao 0.18.0:
+0.2.7, hqq 0.2.8.post1, torchao 0.18.0 and auto-round 0.16.1:
 
     python tests/golden/converters/make_peers.py
 
@@ -16,6 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from auto_round import AutoRound
+from auto_round.export.export_to_awq.utils import dequantize_gemm
+from auto_round_extension.torch.qlinear_torch_zp import QuantLinear
 from bitsandbytes import functional
 from hqq.core.quantize import BaseQuantizeConfig
 from hqq.models.hf.base import AutoHQQHFModel
@@ -25,12 +28,13 @@ from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
 NAME = "model.layers.0.self_attn.k_proj"
 HERE = Path(__file__).parent
+MODEL = HERE.parents[2] / "examples" / "model"
 
 
-def plain():
+def plain(wide=64):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=64,
+        hidden_size=wide,
         intermediate_size=64,
         num_hidden_layers=1,
         num_attention_heads=4,
@@ -72,6 +76,30 @@ def through_hqq(folder, bits):
     return model.get_submodule(NAME).dequantize()
 
 
+def through_auto_round(folder, layout):
+    AutoRound(
+        plain(192),
+        transformers.AutoTokenizer.from_pretrained(MODEL),
+        bits=4,
+        group_size=32,
+        sym=False,
+        iters=0,
+        disable_opt_rtn=True,
+        device_map="cpu",
+        enable_torch_compile=False,
+    ).quantize_and_save(str(folder / "saved"), format=layout)
+    tensors = load_file(next(folder.rglob("*.safetensors")))
+    start = NAME + "."
+    own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+    own["scales"] = own["scales"].float()  # products in float32
+    if layout == "auto_awq":
+        return dequantize_gemm(**own, bits=4, group_size=32).T
+    layer = QuantLinear(4, 32, 192, 96, bias=False, g_idx=True)
+    for name, leaf in own.items():
+        setattr(layer, name, leaf)
+    return layer(torch.eye(192)).T
+
+
 def bits(kind):
     if kind == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
@@ -98,6 +126,8 @@ CASES = {
     "quanto-int2": (through_quanto, "qint2"),
     "hqq-4": (through_hqq, 4),
     "hqq-3": (through_hqq, 3),
+    "gptq-4": (through_auto_round, "auto_gptq"),
+    "awq-4": (through_auto_round, "auto_awq"),
 }
 
 
@@ -107,14 +137,14 @@ def main() -> None:
     for case, (make, what) in CASES.items():
         with tempfile.TemporaryDirectory() as name:
             want = make(Path(name), what)
-            arrays[f"{case}/want"] = want.detach().float().numpy().reshape(32, 64)
+            arrays[f"{case}/want"] = want.detach().float().numpy()
             saved = Path(name) / "saved"
-            config = saved / "config.json"
-            settings = json.loads(config.read_text()) if config.exists() else {}
+            config = next(saved.rglob("config.json"), None)
+            settings = json.loads(config.read_text()) if config else {}
             settings = settings.get("quantization_config") or {}
             text = json.dumps(settings, sort_keys=True)
             arrays[f"{case}/settings"] = np.frombuffer(text.encode(), np.uint8)
-            for tensor, leaf in load_file(next(saved.glob("*.safetensors"))).items():
+            for tensor, leaf in load_file(next(saved.rglob("*.safetensors"))).items():
                 if tensor.startswith(NAME + "."):
                     if leaf.dtype == torch.float8_e4m3fn:
                         leaf = leaf.view(torch.uint8)
