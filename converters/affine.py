@@ -28,6 +28,7 @@ def affine(
     matrix: tuple[int, int],
     where: str,
     unpacked: bool = False,
+    planes: bool = False,
     group: int | None = None,
     index: np.ndarray | None = None,
     dtype: str = "float16",
@@ -44,6 +45,7 @@ def affine(
       matrix: `(in, out)`.
       where: what errors call the tensor.
       unpacked: whether `data` are codes.
+      planes: whether `data` are packed as `qjax.packing` does it.
       group: inputs per scale; default as many as divide evenly.
       index: group of each input, for orders by activation.
       dtype: logical dtype.
@@ -87,9 +89,11 @@ def affine(
     if index is not None and groups > 1:
         order = group_order(np.asarray(index), size, where)
     if unpacked:
-        codes = repacked(data if order is None else data[order], bits)
+        codes = repacked(data, bits, order)
     elif order is not None:
-        codes = reordered(data, bits, order)
+        codes = reordered(data, bits, order, "planes" if planes else "string")
+    elif planes:
+        codes = data
     else:
         codes = packed_codes(data, bits, rows)
     if bits == 8 and symmetric:
@@ -135,7 +139,8 @@ def zero_of_bias(scale: np.ndarray, bias: np.ndarray) -> np.ndarray:
       bias: the same shape.
     """
     wide, shift = scale.astype(np.float32), bias.astype(np.float32)
-    return -np.divide(shift, wide, out=np.zeros_like(shift), where=wide != 0)
+    with np.errstate(all="ignore"):  # `affine` looks for what is not finite
+        return -np.divide(shift, wide, out=np.zeros_like(shift), where=wide != 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from qjax.additive import AdditiveTensor
+from qjax.converters.words import transposed
 from qjax.errors import FormatError, UnsupportedError
 from qjax.formats import Additive
 from qjax.formats.additive import MAX_CODEBOOKS, TABLES
@@ -69,9 +70,11 @@ class AQLM:
             )
         check_levels(levels, f"{where}.codebooks")
         width = np.dtype(f"u{codes.dtype.itemsize}")
-        index = codes.view(width) & width.type(min(levels - 1, np.iinfo(width).max))
+        index = transposed(codes.view(width).reshape(cols, -1))
+        if levels <= np.iinfo(width).max:
+            index = index & width.type(levels - 1)
         return additive(
-            index.reshape(cols, -1).T,
+            index,
             books[:, :, 0],
             scales.reshape(1, cols),
             (vectors * group, cols),

@@ -29,8 +29,8 @@ class AutoRound:
         packing = settings.get("packing_format", settings.get("backend", "auto_round"))
         if not isinstance(packing, str) or not packing.startswith("auto_round"):
             raise UnsupportedError(
-                f"{where}: AutoRound packing_format {packing!r} is not read; expected "
-                "one that starts with auto_round"
+                f"{where}: AutoRound packing_format {packing!r:.200} is not read; "
+                "expected one that starts with auto_round"
             )
         self._layout = "gptq" if "gptq" in packing else "gptq_v2"
         self._layout = "awq" if "awq" in packing else self._layout
@@ -42,7 +42,8 @@ class AutoRound:
         kind = settings.get("data_type", "int")
         if kind != "int":
             raise UnsupportedError(
-                f"{self._where}: AutoRound data_type {kind!r} is not read; expected int"
+                f"{self._where}: AutoRound data_type {kind!r:.200} is not read; "
+                "expected int"
             )
         names = ("bits", "group_size", "sym")
         own = {name: settings[name] for name in names if name in settings}

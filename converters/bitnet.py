@@ -57,20 +57,21 @@ class BitNet:
     def read(self, parts: Mapping[str, np.ndarray], where: str) -> QuantizedTensor:
         """One weight `[in, out]`, symmetric integers in `RoundedInputs`."""
         weight, stored = parts["weight"], parts["weight_scale"]
-        scale = stored.astype(np.float32)
+        with np.errstate(over="ignore", divide="ignore"):
+            scale = stored.astype(np.float32)
+            scale = 1 / scale if self._divides else scale
         if scale.size != 1 or not np.isfinite(scale).all() or not (scale > 0).all():
             raise FormatError(
                 f"{where}.weight_scale: {stored.size} numbers, the first "
-                f"{scale.reshape(-1)[0]}; expected one finite positive scale"
+                f"{stored.reshape(-1)[0]}; expected one finite positive scale"
             )
         if ((weight & (weight >> 1)) & np.uint8(0x55)).any():
             raise FormatError(f"{where}.weight: holds fields of 3, expected 0, 1 and 2")
         rows, cols = weight.shape[1], 4 * weight.shape[0]
-        scale = (1 / scale if self._divides else scale).reshape(1, 1)
         fmt = Int(2, "tensor", scale_dtype="float32")
         dtype = stored.dtype.name if stored.dtype.itemsize == 2 else "float32"
         codes = _along_inputs(weight + np.uint8(0x55))
-        made = AffineTensor(codes, scale, None, fmt, (rows, cols), dtype)
+        made = AffineTensor(codes, scale.reshape(1, 1), None, fmt, (rows, cols), dtype)
         return RoundedInputs(made, "int8")
 
 

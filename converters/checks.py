@@ -1,8 +1,9 @@
-"""Checks of what a foreign file says: finite numbers, and patterns that end in time."""
+"""Checks of what a foreign file says: parts, finite numbers, patterns that end."""
 
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +18,32 @@ MOST_STEPS = 10_000_000
 LONGEST = 500
 _PIECE = 1 << 18
 _ATOMS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?(?:P?<?[=!:]|P<\w+>)?", re.S)
+
+
+def check_parts(reader: Any, parts: Mapping[str, Any], where: str) -> None:
+    """Raises unless parts have the dtypes and ranks that a reader takes.
+
+    Args:
+      reader: with `parts`; see `qjax.converters.packed.Reader`.
+      parts: tensors or their headers.
+      where: what errors call the layer.
+
+    Raises:
+      FormatError: one has not.
+    """
+    for part, leaf in parts.items():
+        kind, rank = reader.parts[part]
+        fits = kind in ("any", np.dtype(leaf.dtype).name) or (
+            kind in ("integer", "floating")
+            and jnp.issubdtype(leaf.dtype, getattr(jnp, kind))
+        )
+        void = 0 in leaf.shape and part not in getattr(reader, "empty", ())
+        if not fits or rank not in (None, len(leaf.shape)) or void:
+            what = "numbers" if kind == "any" else f"{kind} numbers"
+            raise FormatError(
+                f"{where}.{part}: is {leaf.dtype} {list(leaf.shape)}, expected {what}"
+                f"{'' if rank is None else f' of rank {rank}'}, not empty"
+            )
 
 
 def finite(leaf: Any, where: str) -> None:

@@ -13,14 +13,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.converters.huggingface import Checkpoint
+from qjax.converters.huggingface import SETTINGS, Checkpoint
 from qjax.converters.shards import contained
 from qjax.errors import FormatError
 from qjax.io.files import shown
 from qjax.io.json import read_object
-
-SETTINGS = ("quantization_config", "compression_config")
-"""Keys of config.json under which a checkpoint says how it is quantized."""
 
 SIDE_FILES = {
     "quantization_config.json": "auto-round",

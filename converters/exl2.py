@@ -71,8 +71,9 @@ class EXL2:
             )
         codes = np.ascontiguousarray(parts["q_scale"].T)
         codes = codes_of(stream(codes), 4, cols).T.astype(np.float32)
-        scale = (codes + 1) ** 2 * (most.astype(np.float32)[:, None] / 256)
-        scale = scale.astype(np.float16)
+        with np.errstate(over="ignore"):  # what is not finite is found afterwards
+            scale = (codes + 1) ** 2 * (most.astype(np.float32)[:, None] / 256)
+            scale = scale.astype(np.float16)
         made: list[tuple[int, QuantizedTensor]] = []
         row = group = 0
         for bits, size, count, height in _runs(groups):
@@ -106,9 +107,11 @@ def _groups(stored: np.ndarray, words: int, rows: int, where: str):
     """`(bits, first word, inputs)` of each group."""
     pairs = stored.astype(np.int64) % 2**16
     widths, starts = pairs[::2].tolist(), pairs[1::2].tolist()
-    if len(widths) != len(starts) or starts[0] != 0:
+    wide = int(stored.min()) < -(2**15) or int(stored.max()) >= 2**16
+    if wide or len(widths) != len(starts) or starts[0] != 0:
         raise FormatError(
-            f"{where}.q_groups: expected pairs of bits and first words, from word 0"
+            f"{where}.q_groups: expected pairs of bits and first words, from word 0, "
+            "in 16 bits"
         )
     made: list[tuple[int, int, int]] = []
     left = rows

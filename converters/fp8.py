@@ -70,6 +70,10 @@ class BlockFP8:
     def read(self, parts: Mapping[str, np.ndarray], where: str) -> QuantizedTensor:
         """One weight `[in, out]`, in `RoundedInputs` where activations are rounded."""
         plain = "weight_scale" in parts
+        if plain and "weight_scale_inv" in parts:
+            raise FormatError(
+                f"{where}: has both weight_scale and weight_scale_inv, expected one"
+            )
         scale = parts["weight_scale"] if plain else parts["weight_scale_inv"]
         weight = parts["weight"]
         if np.issubdtype(weight.dtype, np.integer):

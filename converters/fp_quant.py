@@ -69,8 +69,10 @@ class FPQuant:
     def read(self, parts: Mapping[str, np.ndarray], where: str) -> QuantizedTensor:
         """One weight `[in, out]`, in the transform of its activations."""
         packed, scales = parts["qweight"], parts["scales"]
-        divisor = np.asarray(parts["weight_global_scale"]).astype(np.float32)
-        if divisor.size != 1 or not (np.isfinite(divisor).all() and divisor.min() > 0):
+        with np.errstate(over="ignore", divide="ignore"):
+            divisor = np.asarray(parts["weight_global_scale"]).astype(np.float32)
+            factor = np.float32(1) / divisor
+        if divisor.size != 1 or not 0 < float(factor.reshape(())) < np.inf:
             raise FormatError(
                 f"{where}.weight_global_scale: is {divisor.reshape(-1)[:4]}, expected "
                 "one positive number"
@@ -84,7 +86,7 @@ class FPQuant:
         if "act_global_scale" in parts or self._kind is not None:
             self._activations.left(made, kind.upper())
         block = _block(parts["forward_hadamard_matrix"], made.matrix[0], where)
-        rest = float(divisor.reshape(())) if isinstance(made.format, MXFP4) else 1.0
+        rest = float(factor.reshape(())) if isinstance(made.format, MXFP4) else 1.0
         return _transformed(made, block, rest)
 
 
@@ -93,14 +95,14 @@ def _sylvester(size: int) -> np.ndarray:
     return np.asarray(hadamard(jnp.eye(size)))
 
 
-def _transformed(made, block: int, divisor: float) -> QuantizedTensor:
-    """The transform of the inputs, which takes a divisor of MXFP4 along."""
+def _transformed(made, block: int, factor: float) -> QuantizedTensor:
+    """The transform of the inputs, which takes a factor of MXFP4 along."""
     rows = made.matrix[0]
-    factor = np.full(rows, np.float32(1) / np.float32(divisor), np.float32)
+    factors = np.full(rows, factor, np.float32)
     if block == 1:
-        return made if divisor == 1 else InputScaled(made, factor)
+        return made if factor == 1 else InputScaled(made, factors)
     signs = np.zeros(sign_bytes(rows), np.uint8)  # all of them +1
-    return Incoherent(made, signs if divisor == 1 else factor, None, block)
+    return Incoherent(made, signs if factor == 1 else factors, None, block)
 
 
 def _block(matrix: np.ndarray, rows: int, where: str) -> int:

@@ -28,7 +28,7 @@ import numpy as np
 from qjax.converters.affine import Integers, affine, group_of, integers
 from qjax.converters.marlin import marlin_codes, marlin_scales
 from qjax.converters.overrides import Overrides, layer_name, usual
-from qjax.converters.words import codes_of, planar_codes, stream, words_of
+from qjax.converters.words import codes_of, planar, stream, words_of
 from qjax.errors import FormatError, UnsupportedError
 from qjax.formats import Int
 from qjax.tensor import QuantizedTensor
@@ -124,7 +124,12 @@ class GPTQ:
                 f"{where}.qzeros: shape {list(parts['qzeros'].shape)} holds fewer than "
                 f"{cols} zero-points of {bits} bits, or more"
             )
-        planar = self.layout == "gptq_p" and 8 % bits
+        planes = bool(self.layout == "gptq_p" and 8 % bits)
+        if planes and (words.shape[0] % bits or cols % 32):
+            raise FormatError(
+                f"{where}.qweight: shape {list(words.shape)} holds no whole blocks of "
+                f"32 codes of {bits} bits along both axes, as the layout gptq_p has"
+            )
         zeros = np.ascontiguousarray(parts["qzeros"].T)
         if self.layout == "gptq" and (zeros == -1).any():
             _log.warning(
@@ -132,13 +137,11 @@ class GPTQ:
                 "of 0, over its neighbours; the weights of these columns are wrong",
                 where,
             )
-        if planar:
-            zeros = planar_codes(zeros, bits, cols)
-        else:
-            zeros = codes_of(stream(zeros), bits, cols)
+        data, zeros = (planar(x, bits) if planes else stream(x) for x in (words, zeros))
+        zeros = codes_of(zeros, bits, cols, "planes" if planes else "string")
         zeros = zeros.T.astype(np.int32) + self._shift(zeros, bits, where)
         return affine(
-            planar_codes(words, bits, rows) if planar else stream(words),
+            data,
             np.asarray(scales),
             zeros,
             bits=bits,
@@ -146,7 +149,7 @@ class GPTQ:
             where=where,
             group=group_of(settings),
             index=parts.get("g_idx"),
-            unpacked=bool(planar),
+            planes=planes,
         )
 
     def _shift(self, zeros: np.ndarray, bits: int, where: str) -> int:
@@ -166,16 +169,8 @@ class GPTQ:
 def _marlin(parts, group: int | None, where: str) -> QuantizedTensor:
     codes = marlin_codes(parts["B"], where)
     scales = marlin_scales(parts["s"], where)
-    return affine(
-        codes,
-        scales,
-        None,
-        bits=4,
-        matrix=codes.shape,
-        where=where,
-        group=group,
-        unpacked=True,
-    )
+    matrix = len(codes) * 2, codes.shape[1]
+    return affine(codes, scales, None, bits=4, matrix=matrix, where=where, group=group)
 
 
 class GPTQWriter:

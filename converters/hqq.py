@@ -109,12 +109,12 @@ class HQQ:
             leaf = np.broadcast_to(flat.reshape(-1), math.prod(form)).reshape(form)
             return np.ascontiguousarray(leaf if along == "out" else leaf.T)
 
-        matrix, index = (rows, cols), None
-        if along == "out":
-            matrix, index = (cols, rows), np.arange(cols) % (cols // group)
-            codes, unpacked = stored.codes().reshape(matrix), True
+        matrix, index, planes = (rows, cols), None, along == "in"
+        if planes:
+            codes = stored.columns(matrix)
         else:
-            codes, unpacked = stored.columns(matrix)
+            matrix, index = (cols, rows), np.arange(cols) % (cols // group)
+            codes = stored.codes().reshape(matrix)
         made = affine(
             codes,
             placed(scale),
@@ -124,7 +124,8 @@ class HQQ:
             where=where,
             group=group,
             index=index,
-            unpacked=unpacked,
+            unpacked=not planes,
+            planes=planes,
             dtype=compute_dtype(parts, scale.dtype.name, where),
         )
         return Transposed(made) if along == "out" else made

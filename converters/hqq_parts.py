@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.converters.runs import run_codes, run_columns
-from qjax.converters.words import transposed
 from qjax.errors import FormatError, UnsupportedError
 
 PACKINGS: dict[str, tuple[Any, int, tuple[int, ...]]] = {
@@ -57,11 +56,9 @@ class Packed:
         """The matrix, uint8."""
         return run_codes(self.words, self.places, self.bits, self.rows)
 
-    def columns(self, matrix: tuple[int, int]) -> tuple[np.ndarray, bool]:
-        """Codes of a weight `(in, out)` as `affine` takes them; whether unpacked."""
-        if 8 % self.bits == 0:
-            return run_columns(self.words, self.places, self.bits, matrix), False
-        return transposed(self.codes().reshape(matrix[::-1])), True
+    def columns(self, matrix: tuple[int, int]) -> np.ndarray:
+        """Codes of a weight `(in, out)` as `qjax.packing` packs them."""
+        return run_columns(self.words, self.places, self.bits, matrix)
 
 
 def packed(words: np.ndarray, parts: Mapping[str, Any], where: str) -> Packed:
@@ -116,6 +113,8 @@ def statistic(parts: Mapping[str, np.ndarray], name: str, where: str) -> np.ndar
         codes = parts[f"{name}_q"]
     start = f"meta_{name}."
     own = {k.removeprefix(start): v for k, v in parts.items() if k.startswith(start)}
+    if missing := [p for p in ("nbits", "shape", "scale", "zero") if p not in own]:
+        raise KeyError(start + missing[0])
     where = f"{where}.{name}"
     matrix = packed(codes.reshape(len(codes), -1), own, where).codes()
     dtype = jnp.dtype(compute_dtype(own, "float16", where))
@@ -126,7 +125,8 @@ def statistic(parts: Mapping[str, np.ndarray], name: str, where: str) -> np.ndar
             raise FormatError(
                 f"{where}: statistics of shape {list(leaf.shape)} for {[rows, cols]}"
             )
-    return (matrix.astype(dtype) - zero) * scale
+    with np.errstate(all="ignore"):  # what is not finite is found afterwards
+        return (matrix.astype(dtype) - zero) * scale
 
 
 def number(parts: Mapping[str, Any], name: str, where: str) -> float:

@@ -1,7 +1,8 @@
 """Models of the Hugging Face Hub, through its client's cache.
 
 Only weights, JSON and tokenizer files at the top of the repository are fetched: never
-Python files, and `.bin` weights only where there are no safetensors.
+Python files, and pickled weights only where there are no safetensors. Of a repository
+of GGUF files, `owner/name:Q4_K_M`, one model is.
 """
 
 import re
@@ -13,7 +14,7 @@ from qjax.errors import SpecError
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _TEXT = ["*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 _SAFE = ["*.safetensors"]
-_PICKLED = ["pytorch_model*.bin"]
+_PICKLED = ["pytorch_model*.bin", "qmodel.pt"]
 _NEVER = ["*/*", "*.py", "consolidated*", "adapter*", "training_args*"]
 
 
@@ -41,6 +42,39 @@ def download(repo: str, revision: str | None = None) -> Path:
     if not any(directory.glob("*.safetensors")):
         directory = _snapshot(repo, revision, [*_TEXT, *_PICKLED])
     return directory
+
+
+def download_gguf(repo: str, name: str, revision: str | None = None) -> Path:
+    """Fetch one GGUF model of a repository.
+
+    Args:
+      repo: `owner/name`.
+      name: what stands before `.gguf`, such as `Q4_K_M`, in lower or upper case.
+      revision: see `download`.
+
+    Returns:
+      The file in the Hub's cache, of a split model its first part.
+
+    Raises:
+      SpecError: see `download`; or no file, or several, are named so.
+    """
+    cases = [f"*{case}*.gguf" for case in {name, name.lower(), name.upper()}]
+    folders = [f"*/{case}" for case in cases]
+    directory = _snapshot(repo, revision, [*cases, *folders], [])
+    part = re.compile(rf"(?:.*[-._])?{re.escape(name)}(-\d{{5}}-of-\d{{5}})?", re.I)
+    found = {
+        path: match
+        for path in sorted(directory.rglob("*.gguf"))
+        if (match := part.fullmatch(path.stem))
+    }
+    firsts = [p for p, m in found.items() if not m[1] or m[1].startswith("-00001-")]
+    if len(firsts) != 1:
+        names = [str(path.relative_to(directory)) for path in firsts]
+        raise SpecError(
+            f"{repo}:{name}: {names or 'no GGUF file'} named so on the Hub; give the "
+            "end of one file's name, without .gguf, behind the colon"
+        )
+    return firsts[0]
 
 
 def download_adapter(repo: str, revision: str | None = None) -> Path:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from qjax.converters.hub import download, looks_like_hub_id
+from qjax.converters.hub import download, download_gguf, looks_like_hub_id
 from qjax.converters.huggingface_write import write_checkpoint
 from qjax.converters.shards import contained, find_shards
 from qjax.converters.torch_pickle import TorchFile
@@ -65,7 +65,8 @@ def open_checkpoint(
     the cache is used.
 
     Args:
-      path_or_hub_id: Directory, GGUF file, or `owner/name` on the Hub.
+      path_or_hub_id: Directory, GGUF file, or on the Hub `owner/name`, or
+        `owner/name:Q4_K_M` for one GGUF file of several.
       revision: Branch, tag or commit on the Hub; not allowed with a directory.
 
     Returns:
@@ -94,6 +95,9 @@ def open_checkpoint(
             "or a .gguf file"
         )
     name = os.fspath(path_or_hub_id)
+    repo, colon, end = name.partition(":")
+    if colon and end and looks_like_hub_id(repo):
+        return open_checkpoint(download_gguf(repo, end, revision))
     if not looks_like_hub_id(name):
         raise SpecError(
             f"{shown(name)}: no such directory, and not a Hub id (owner/name)"

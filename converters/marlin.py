@@ -8,26 +8,17 @@ output.
 Reference: Marlin `marlin/__init__.py`, `Layer.pack`.
 """
 
-import functools
-
 import numpy as np
 
-from qjax.converters.words import codes_of, stream
+from qjax.converters.words import copied
 from qjax.errors import FormatError
 
 
-@functools.cache
-def _order() -> np.ndarray:
-    """Place in four tiles `[4, 16, 16]` of each of 1024 stored codes."""
-    lane, tile, half, pair = np.ogrid[:32, :4, :2, :4]
-    column = lane // 4 + 8 * half
-    row = 2 * (lane % 4) + np.array([0, 1, 8, 9])[pair]
-    places = (256 * tile + 16 * row + column).reshape(-1, 8)
-    return places[:, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(-1)
-
-
 def marlin_codes(words: np.ndarray, where: str) -> np.ndarray:
-    """Unsigned codes `[in, out]` of `B`.
+    """Unsigned codes of `B` as `qjax.packing` packs them, `[in / 2, out]`.
+
+    The low half of a word holds, of two columns 8 apart, two even rows 8 apart, and the
+    high half the odd rows behind these: nibbles of both halves make up packed bytes.
 
     Raises:
       FormatError: `out` is not a multiple of 64.
@@ -38,12 +29,22 @@ def marlin_codes(words: np.ndarray, where: str) -> np.ndarray:
             f"{where}.B: shape {list(words.shape)}, expected [in / 16, 2 out] with "
             "out a multiple of 64"
         )
-    fields = codes_of(stream(words.reshape(-1, 1)), 4, words.size * 8)
-    stored = fields.reshape(-1, 1024)
-    made = np.empty_like(stored)
-    made[:, _order()] = stored
-    made = made.reshape(tiles, width // 32, 16, 16).transpose(0, 2, 1, 3)
-    return np.ascontiguousarray(made.reshape(tiles * 16, width // 2))
+    made = np.empty((tiles, width * 4), np.uint8)
+    for i in range(0, tiles, 16):  # pieces that stay in the cache
+        part = words[i : i + 16].astype("<u4")
+        rows = _spread(part & np.uint32(0xFFFF))
+        rows |= _spread(part >> np.uint32(16)) << np.uint32(4)
+        made[i : i + 16] = rows.view(np.uint8)
+    # lane over 4, lane modulo 4, tile, column over 8, row over 8
+    fields = made.reshape(tiles, width // 128, 8, 4, 4, 2, 2)
+    turned = copied(fields.transpose(0, 6, 3, 1, 4, 5, 2))
+    return turned.reshape(tiles * 8, width // 2)
+
+
+def _spread(x: np.ndarray) -> np.ndarray:
+    """Four nibbles as four bytes."""
+    x = (x | x << np.uint32(8)) & np.uint32(0x00FF00FF)
+    return (x | x << np.uint32(4)) & np.uint32(0x0F0F0F0F)
 
 
 def marlin_scales(scales: np.ndarray, where: str) -> np.ndarray:

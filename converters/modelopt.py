@@ -24,7 +24,7 @@ import numpy as np
 
 from qjax.converters.activations import Activations
 from qjax.converters.floats import fp4, fp8, mxfp8, shape_of
-from qjax.converters.overrides import layer_name
+from qjax.converters.overrides import layer_name, object_of
 from qjax.errors import FormatError, UnsupportedError
 from qjax.tensor import MinifloatTensor, QuantizedTensor
 from qjax.wrappers import InputScaled
@@ -49,14 +49,17 @@ class ModelOpt:
         settings = settings.get("quantization", settings)
         if not isinstance(settings, Mapping):
             raise FormatError(f"{where}: quantization is {settings!r:.200}")
-        self._algorithm = str(settings.get("quant_algo"))
+        algorithm = settings.get("quant_algo")
+        if not isinstance(algorithm, str | None):
+            raise FormatError(f"{where}: quant_algo is {algorithm!r:.200}, not a name")
+        self._algorithm = str(algorithm)
         if self._algorithm.startswith(_REFUSED):
             raise UnsupportedError(
-                f"{where}: ModelOpt's {self._algorithm} is not read; expected FP8, "
-                "NVFP4, MXFP8, MXFP4 or a mixture of these"
+                f"{where}: ModelOpt's {self._algorithm:.100} is not read; expected "
+                "FP8, NVFP4, MXFP8, MXFP4 or a mixture of these"
             )
-        layers = settings.get("quantized_layers")
-        self._layers = layers if isinstance(layers, Mapping) else {}
+        layers = object_of(settings, "quantized_layers", where)
+        self._layers = {name: object_of(layers, name, where) for name in layers}
         self._activations = Activations(where)
 
     def shape(self, parts: Mapping[str, Any]) -> tuple[int, ...]:
@@ -100,8 +103,7 @@ class ModelOpt:
         return self._activations.left(made, "FP4") if rounds else made
 
     def _eight(self, made: MinifloatTensor, scale: Any, where: str) -> QuantizedTensor:
-        own = self._layers.get(layer_name(where), {})
-        algorithm = own.get("quant_algo") if isinstance(own, Mapping) else None
+        algorithm = self._layers.get(layer_name(where), {}).get("quant_algo")
         dynamic = "PER_TOKEN" in str(algorithm or self._algorithm)
         if scale is None and not dynamic:
             return made
@@ -115,8 +117,8 @@ def reciprocal(scale: np.ndarray, where: str) -> np.ndarray:
     Raises:
       FormatError: it is not one positive number, whose reciprocal is finite.
     """
-    wide = np.asarray(scale).astype(np.float32)
     with np.errstate(all="ignore"):
+        wide = np.asarray(scale).astype(np.float32)
         made = np.float32(1) / wide
     if wide.size != 1 or not (jnp.isfinite(made).all() and (made > 0).all()):
         raise FormatError(

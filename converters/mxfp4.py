@@ -37,7 +37,10 @@ class GptOss:
 
     def shape(self, parts: Mapping[str, Any]) -> tuple[int, ...]:
         """`(out, in)`, after the number of experts if there are several."""
-        *lead, groups, size = parts["blocks"].shape
+        shape = parts["blocks"].shape
+        if len(shape) not in (3, 4):
+            raise ValueError(f"blocks {list(shape)}, expected rank 3 or 4")
+        *lead, groups, size = shape
         return (*lead, groups * size * 2)
 
     def read(self, parts: Mapping[str, np.ndarray], where: str) -> MinifloatTensor:

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qjax.converters.aqlm import AQLM
@@ -24,11 +23,12 @@ from qjax.converters.auto_round import AutoRound
 from qjax.converters.awq import AWQ
 from qjax.converters.bitnet import BitNet
 from qjax.converters.bitsandbytes import BitsAndBytes
-from qjax.converters.checks import finite
+from qjax.converters.checks import check_parts, finite
 from qjax.converters.compressed_tensors import CompressedTensors
 from qjax.converters.detect import guess, stated
 from qjax.converters.exl2 import EXL2
 from qjax.converters.exl3 import EXL3
+from qjax.converters.floats import ELEMENTS
 from qjax.converters.fp8 import BlockFP8, FbgemmFP8
 from qjax.converters.fp_quant import FPQuant
 from qjax.converters.gptq import GPTQ
@@ -43,8 +43,9 @@ from qjax.converters.spqr import SpQR
 from qjax.converters.squeezellm import SqueezeLLM
 from qjax.converters.torchao import TorchAO
 from qjax.converters.vptq import VPTQ
-from qjax.errors import FormatError, UnsupportedError
+from qjax.errors import FormatError, SpecError, UnsupportedError
 from qjax.io.files import shown
+from qjax.models.layouts import turned
 from qjax.tensor import QuantizedTensor
 
 _log = logging.getLogger(__name__)
@@ -96,23 +97,6 @@ _CACHE_SCALES = re.compile(
 )
 
 
-def check_parts(reader: Reader, parts: Mapping[str, Any], where: str) -> None:
-    """Raises FormatError unless parts have the dtypes and ranks that a reader takes."""
-    for part, leaf in parts.items():
-        kind, rank = reader.parts[part]
-        fits = kind in ("any", np.dtype(leaf.dtype).name) or (
-            kind in ("integer", "floating")
-            and jnp.issubdtype(leaf.dtype, getattr(jnp, kind))
-        )
-        void = 0 in leaf.shape and part not in getattr(reader, "empty", ())
-        if not fits or rank not in (None, len(leaf.shape)) or void:
-            what = "numbers" if kind == "any" else f"{kind} numbers"
-            raise FormatError(
-                f"{where}.{part}: is {leaf.dtype} {list(leaf.shape)}, expected {what}"
-                f"{'' if rank is None else f' of rank {rank}'}, not empty"
-            )
-
-
 class PackedCheckpoint:
     """A Hugging Face checkpoint, quantized or not, with the methods of `Checkpoint`.
 
@@ -135,6 +119,7 @@ class PackedCheckpoint:
         expected: Mapping[str, tuple[int, ...]] | None = None,
     ):
         self._expected = expected or {}
+        self._turned = turned(source.config.get("model_type"))
         self.directory, self.config = source.directory, source.config
         self._source, self.where = source, shown(source.directory)
         self._made: dict[str, Reader] = {}
@@ -174,6 +159,13 @@ class PackedCheckpoint:
                 self.where,
                 said.source,
                 said.kind,
+            )
+        ends = (n for n in left if n.endswith(".weight"))
+        bare = sorted(n for n in ends if source.dtype(n).name in ELEMENTS)
+        if said is not None and said.kind is not None and bare:
+            raise FormatError(
+                f"{self.where}: {bare[0]} is {source.dtype(bare[0])} without a scale, "
+                f"which every layer quantized with {said.kind} has"
             )
         caches = sorted(name for name in left if _CACHE_SCALES.search(name))
         if caches:
@@ -242,7 +234,11 @@ class PackedCheckpoint:
         shape = self._expected.get(name)
         if shape is None or "expected_shape" not in self._readers[name].parts:
             return {}
-        return {"expected_shape": np.array(shape)}
+        return {"expected_shape": np.array(self._laid(name, shape))}
+
+    def _laid(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """`(out, in)` from the shape of a dense weight, and the reverse."""
+        return shape[::-1] if name.endswith(self._turned) else shape
 
     def _header(self, name: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(self._source.shape(name), self._source.dtype(name))
@@ -253,7 +249,8 @@ class PackedCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor; of a quantized weight as if it were dense."""
-        return self._shapes[name] if name in self._shapes else self._source.shape(name)
+        own = self._shapes.get(name)
+        return self._source.shape(name) if own is None else self._laid(name, own)
 
     def dtype(self, name: str) -> Any:
         """Dtype of a tensor; some float for a quantized weight."""
@@ -276,10 +273,13 @@ class PackedCheckpoint:
             made = self._readers[name].read(parts, where)
         except KeyError as error:
             raise FormatError(f"{where}: has no tensor {error.args[0]!r}") from None
-        if made.shape != self._shapes[name][::-1]:
+        except SpecError as error:  # of a format, which no argument asked for
+            raise FormatError(f"{where}: {error}") from None
+        expected = (*self._shapes[name][:-2], *self._shapes[name][:-3:-1])
+        if made.shape != expected:
             raise FormatError(
                 f"{where}: its parts are those of [in, out] {list(made.shape)}, "
-                f"expected {list(self._shapes[name][::-1])}"
+                f"expected {list(expected)}"
             )
         finite(made, where)
         return made

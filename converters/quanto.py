@@ -95,7 +95,7 @@ class Quanto:
             made = self._packed(parts, said.get("weights"), where)
         for which in ("input_scale", "output_scale"):
             leaf = parts.get(which)
-            if leaf is not None and (leaf.size != 1 or not float(leaf.reshape(())) > 0):
+            if leaf is not None and (leaf.size != 1 or not 0 < leaf.max() < np.inf):
                 raise FormatError(f"{where}.{which}: expected one positive number")
         if float(parts.get("output_scale", np.ones(())).reshape(())) != 1:
             self._warn(where)
@@ -150,8 +150,9 @@ def _bits(words: int, count: int, kind: Any, where: str) -> int:
         fitting = [bits for bits in fitting if kind == f"qint{bits}"]
     if len(fitting) != 1:
         raise FormatError(
-            f"{where}: {words} rows of bytes for {count} groups of {kind or 'codes'}, "
-            f"expected {-(-count // 2)} for qint4, {-(-count // 4)} for qint2"
+            f"{where}: {words} rows of bytes for {count} groups of "
+            f"{kind or 'codes'!s:.100}, expected {-(-count // 2)} for qint4, "
+            f"{-(-count // 4)} for qint2"
         )
     return fitting[0]
 

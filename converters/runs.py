@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.converters.words import transposed
-from qjax.packing import pack
+from qjax.converters.words import copied, moved, repacked, transposed
+from qjax.packing import packed_rows
 
 
 def run_codes(
@@ -42,7 +42,7 @@ def run_columns(
     """Codes of a weight whose rows of inputs are whole rows of the packed matrix.
 
     Args:
-      words: uint8 `[n, cols]`, `cols` a divisor of `in`.
+      words: integers `[n, cols]`, `cols` a divisor of `in`.
       places: lowest bit of each run.
       bits: code width.
       matrix: `(in, out)`.
@@ -50,20 +50,26 @@ def run_columns(
     Returns:
       uint8 `[packed(in), out]`, as `qjax.packing` packs them.
     """
-    rows, cols = matrix
-    if cols % len(places):  # an output lies in two runs
-        codes = run_codes(words, places, bits, rows * cols // words.shape[1])
-        return np.asarray(_packed(transposed(codes.reshape(cols, rows)), (0,), bits))
-    turned = transposed(words.reshape(-1, rows))
-    return np.asarray(_packed(turned, tuple(places), bits))
+    (rows, cols), width = matrix, words.shape[1]
+    if words.size * len(places) == rows * cols and cols % len(places) == 0:
+        return np.asarray(_packed(transposed(words.reshape(-1, rows)), places, bits))
+    groups = rows * cols // width
+    if width % 8:  # blocks of 8 codes lie in several rows
+        codes = run_codes(words, places, bits, groups)
+        return repacked(transposed(codes.reshape(cols, rows)), bits)
+    made = np.asarray(_packed(transposed(words), places, bits))[:, :groups]
+    made = made.reshape(len(made), cols, -1)  # bytes of a group, outputs, groups
+    return copied(made.transpose(2, 0, 1)).reshape(-1, cols)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _packed(words, places: tuple[int, ...], bits: int):
     """Packs fields of words `[in, n]`, the places beside one another."""
-    mask = jnp.uint8(2**bits - 1)
-    fields = [(words >> jnp.uint8(place)) & mask for place in places]
-    return jnp.concatenate([pack(field, bits) for field in fields], axis=1)
+    fields = words[:, None] >> jnp.asarray(places, words.dtype)[:, None]
+    fields = (fields & (2**bits - 1)).astype(jnp.uint8)
+    blocks = jnp.pad(fields, [(0, -len(words) % 8), (0, 0), (0, 0)])
+    made = moved(blocks, bits, "bytes", "planes", jnp).reshape(-1, blocks[0].size)
+    return made[: packed_rows(len(words), bits)]
 
 
 def run_words(

@@ -24,17 +24,15 @@ Reference: SpQR `inference_lib/src/spqr_quant/inference.py`, `sparse_util.py`,
 `inference_kernels/spqr_cuda.cpp`.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from qjax.converters.outliers import csr_rows, with_outliers
-from qjax.converters.words import repacked
+from qjax.converters.words import packed_codes, repacked, stream
 from qjax.errors import FormatError, UnsupportedError
 from qjax.formats import Int
-from qjax.packing import packed_rows
 from qjax.tensor import AffineTensor, QuantizedTensor
 from qjax.wrappers import Permuted
 
@@ -113,55 +111,25 @@ def _sizes(parts: Mapping[str, Any]) -> tuple[int, int, bool]:
 def _dense(words: np.ndarray, rows: int, cols: int) -> AffineTensor:
     """The weight without outliers, of tiles `[out / 16, in / 16, 16]`."""
     tall, wide, _ = words.shape
-    octets = words.astype("<u8", copy=False).view(np.uint8).reshape(*words.shape, 8)
-    pieces = octets[..., 6] >> np.uint8(6) | octets[..., 7] << np.uint8(2)
+    turned = np.ascontiguousarray(words.transpose(1, 0, 2)).reshape(wide, -1)
+    # Rotated by 6 bits: bytes of 16 codes, of the statistics, and the codes of these.
+    rotated = turned >> np.uint64(6)
+    rotated |= turned << np.uint64(58)
+    octets = stream(rotated).reshape(wide, 8, -1)
+    pieces = octets[:, 6].reshape(wide, tall, TILE)
     pieces = np.ascontiguousarray(pieces[..., 0::2] | pieces[..., 1::2])
     halves = pieces.view("<f2").astype(np.float16, copy=False)
     statistics: list[AffineTensor] = []
     for i in range(2):
-        codes = octets[..., 0] >> np.uint8(BITS * i) & np.uint8(7)
-        codes = codes.transpose(1, 0, 2).reshape(wide, tall * TILE)[:, :cols]
-        scale, zero = (np.ascontiguousarray(halves[..., k].T) for k in (i, i + 2))
+        codes = octets[:, 7, :cols] >> np.uint8(2 + BITS * i) & np.uint8(7)
+        scale, zero = (np.ascontiguousarray(halves[..., k]) for k in (i, i + 2))
         inner = (wide, cols)
         statistics.append(
             AffineTensor(repacked(codes, BITS), scale, zero, INNER, inner, "float32")
         )
-    codes = _codes(words, rows).reshape(-1, tall * TILE)
-    codes = codes[: packed_rows(rows, BITS), :cols]
-    codes, (scale, zero) = np.ascontiguousarray(codes), statistics
+    data = octets[:, :6].reshape(wide * 6, -1)[:, :cols]
+    codes, (scale, zero) = packed_codes(data, BITS, rows), statistics
     return AffineTensor(codes, scale, zero, OUTER, (rows, cols), "float16")
-
-
-def _codes(words: np.ndarray, rows: int) -> np.ndarray:
-    """Codes as `qjax.packing` packs them, uint8 `[in / 16, 6, out / 16, 16]`."""
-    tall, wide, _ = words.shape
-    spare = wide * TILE - rows
-    if spare:  # behind the last input
-        words = words.copy()
-        words[:, -1] &= np.uint64(2 ** (6 + BITS * (TILE - spare)) - 1)
-    made = np.empty((wide, 2, 3, tall, TILE), np.uint8)
-    fields = words.view(np.int64)  # indices of NumPy's own width
-    for half in range(2):
-        first, second = (
-            _planes().take((fields >> (6 + 24 * half + 12 * i)) & 4095)
-            for i in range(2)
-        )
-        high = (first >> np.uint16(8)) | (second >> np.uint16(8) << np.uint16(4))
-        for plane, part in enumerate((first, second, high)):
-            made[:, half, plane] = part.astype(np.uint8).transpose(1, 0, 2)
-    return made
-
-
-@functools.cache
-def _planes() -> np.ndarray:
-    """Of 4 codes in 12 bits: the low 2 bits at 0 to 7, the high ones at 8 to 11."""
-    fields = np.arange(4096, dtype=np.uint16)
-    made = np.zeros_like(fields)
-    for i in range(4):
-        code = fields >> np.uint16(3 * i) & np.uint16(7)
-        made |= (code & np.uint16(3)) << np.uint16(2 * i)
-        made |= (code >> np.uint16(2)) << np.uint16(8 + i)
-    return made
 
 
 def _outliers(parts, cols: int, interleaved: bool, where: str):

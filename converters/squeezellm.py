@@ -52,7 +52,7 @@ class SqueezeLLM:
     def shape(self, parts: Mapping[str, Any]) -> tuple[int, ...]:
         """`(out, in)`; see `Reader.shape`."""
         words, cols = parts["qweight"].shape
-        bits = parts["lookup_table"].shape[1].bit_length() - 1
+        bits = max(parts["lookup_table"].shape[1].bit_length() - 1, 1)
         return cols, words * 32 // bits
 
     def read(self, parts: Mapping[str, np.ndarray], where: str) -> QuantizedTensor:
@@ -77,7 +77,7 @@ class SqueezeLLM:
         made: Any = CodebookTensor(
             codes, None, book, None, fmt, (rows, cols), "float16"
         )
-        if "vals" in parts:
+        if parts.keys() & {"rows", "cols", "vals"}:
             outputs = csr_rows(parts["rows"], cols, len(parts["vals"]), f"{where}.rows")
             inputs = parts["cols"]
             if len(inputs) != len(outputs):
@@ -85,7 +85,8 @@ class SqueezeLLM:
                     f"{where}.cols: has {len(inputs)} entries, expected {len(outputs)}"
                 )
             made = with_outliers(made, parts["vals"], inputs, outputs, where)
-        return _with_whole(made, parts, where) if "full_rows" in parts else made
+        whole = parts.keys() & {"full_rows", "full_row_indices"}
+        return _with_whole(made, parts, where) if whole else made
 
 
 def _with_whole(q: QuantizedTensor, parts, where: str) -> QuantizedTensor:

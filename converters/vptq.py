@@ -22,6 +22,7 @@ Reference: VPTQ `vptq/layers/vqlinear.py`, `vptq/utils/pack.py`, `vptq/ops`.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -261,23 +262,29 @@ def _indices(parts, layer: _Layer, where: str):
     words = parts["indices"]
     if words.dtype.itemsize != 4:
         main = _short(parts, "indices", layer.levels, where)
-        return main, _short(
-            parts, "res_indices", layer.more, where
-        ) if layer.more else None
+        more = layer.more
+        return main, _short(parts, "res_indices", more, where) if more else None
     low, high = layer.widths
-    total = low + high
-    if total > 32:
+    if (total := low + high) > 32:
         raise UnsupportedError(f"{where}: indices of {total} bits are not read")
-    words = words.view(np.uint32).astype(np.uint64)
-    spare = np.zeros((*words.shape[:2], 1), np.uint64)
-    pairs = words | np.concatenate([words[..., 1:], spare], -1) << np.uint64(32)
-    first, shift = np.divmod(np.arange(layer.size) * total, 32)
-    fields = pairs[..., first] >> shift.astype(np.uint64)
-    main = (fields & np.uint64(2**low - 1)).astype(np.uint16)
-    if not high:
-        return main, None
-    more = fields >> np.uint64(low) & np.uint64(2**high - 1)
-    return main, more.astype(np.uint16)
+    main = _fields(words, total, 0, low, layer.size)
+    return main, _fields(words, total, low, high, layer.size) if high else None
+
+
+def _fields(words: np.ndarray, total: int, low: int, bits: int, count: int):
+    """Bits from `low` on of `count` fields of `total` bits each, uint16."""
+    words = words.view(np.uint32)
+    made = np.empty((*words.shape[:-1], count), np.uint16)
+    period, step = (n // math.gcd(total, 32) for n in (32, total))  # fields, words
+    for i in range(min(period, count)):
+        own = made[..., i::period]
+        first, place = divmod(i * total + low, 32)
+        fields = words[..., first::step][..., : own.shape[-1]] >> np.uint32(place)
+        if place + bits > 32:
+            rest = words[..., first + 1 :: step][..., : own.shape[-1]]
+            fields |= rest << np.uint32(32 - place)
+        np.bitwise_and(fields, 2**bits - 1, out=own, casting="unsafe")
+    return made
 
 
 def _short(parts, name: str, levels: int, where: str) -> np.ndarray:

@@ -1,8 +1,10 @@
-"""Codes of foreign packings, in NumPy.
+"""Codes of foreign packings, as `qjax.packing` packs them.
 
 Most formats store codes as a little-endian bit string inside words: code `k` occupies
 bits `k b .. k b + b - 1`, words filled from bit 0. For 1, 2, 4 and 8 bits that is the
-order of `qjax.packing`, so bytes are only re-labelled; other widths are re-packed.
+order of `qjax.packing`, so bytes are only re-labelled; codes of other widths are moved
+bit by bit, eight codes at a time, between three layouts: `bytes`, one code each;
+`string`; and `planes`, those of `qjax.packing`.
 """
 
 import functools
@@ -13,7 +15,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.errors import FormatError
-from qjax.packing import pack, packed_rows
+from qjax.packing import packed_rows
+
+_CODES = 1024
+"""Codes per column that are moved at once, so that few shapes are compiled."""
+_COLUMNS = 4096
+"""Columns whose codes are unpacked at once."""
+
+
+@functools.cache
+def _host() -> Any:
+    """A CPU as jax knows it; None, for the default device, where it knows none."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
+def copied(view: np.ndarray) -> np.ndarray:
+    """A contiguous array: XLA copies strided ones several times faster than NumPy."""
+    return np.asarray(jax.device_put(view, _host()))
+
+
+def transposed(array: np.ndarray) -> np.ndarray:
+    """`array.T`, contiguous and not to be written."""
+    if array.dtype.itemsize > 4:  # jax has no such numbers
+        return np.ascontiguousarray(array.T)
+    raw = array.view(f"u{array.dtype.itemsize}")
+    return copied(raw.T).view(array.dtype)
 
 
 def stream(words: np.ndarray) -> np.ndarray:
@@ -23,21 +52,24 @@ def stream(words: np.ndarray) -> np.ndarray:
       words: integers `[n, cols]` of any width.
 
     Returns:
-      uint8 `[n * itemsize, cols]`.
+      uint8 `[n * itemsize, cols]`, not to be written.
     """
     size = words.dtype.itemsize
     little = words.astype(words.dtype.newbyteorder("<"), copy=False)
     parts = np.ascontiguousarray(little).view(np.uint8).reshape(*words.shape, size)
-    return parts.transpose(0, 2, 1).reshape(words.shape[0] * size, words.shape[1])
+    return copied(parts.transpose(0, 2, 1)).reshape(-1, words.shape[1])
 
 
-def codes_of(data: np.ndarray, bits: int, count: int) -> np.ndarray:
+def codes_of(
+    data: np.ndarray, bits: int, count: int, layout: str = "string"
+) -> np.ndarray:
     """Codes of a bit string along the first axis.
 
     Args:
       data: uint8 `[n, cols]`, at least `count * bits / 8` rows.
       bits: code width, 1 to 8.
       count: number of codes.
+      layout: `string`, or `planes` as `qjax.packing` packs them.
 
     Returns:
       uint8 `[count, cols]`.
@@ -48,43 +80,97 @@ def codes_of(data: np.ndarray, bits: int, count: int) -> np.ndarray:
         shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
         fields = (data[:, None] >> shifts) & np.uint8(2**bits - 1)
         return fields.reshape(-1, data.shape[1])[:count]
-    return _fields(_blocks(data, bits, count), bits, np)[:count]
+    blocks = _blocks(data, bits, count) if layout == "string" else data
+    return moved(blocks, bits, layout, "bytes", np)[:count]
 
 
 def _blocks(data: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The bytes of `count` codes, filled up to whole blocks of 8 codes."""
-    rows = -(-count // 8) * bits
-    return np.pad(data[:rows], [(0, max(rows - len(data), 0)), (0, 0)])
+    """The bytes of `count` codes, filled up with zeros to whole blocks of 8 codes."""
+    if count % 8 == 0:
+        return data[: count // 8 * bits]
+    used, spare = -(-count * bits // 8), -count * bits % 8
+    made = np.pad(data[:used], [(0, -(-count // 8) * bits - used), (0, 0)])
+    made[used - 1] &= np.uint8(2 ** (8 - spare) - 1)
+    return made
 
 
-def _fields(data: Any, bits: int, xp: Any) -> Any:
-    """Codes of a bit string in blocks of 8, which are `bits` bytes; NumPy or JAX."""
-    blocks = data.reshape(-1, bits, data.shape[1])
-    fields = []
-    for k in range(8):
-        at, skip = divmod(k * bits, 8)
-        field = blocks[:, at] >> np.uint8(skip)
-        if skip + bits > 8:
-            field = field | (blocks[:, at + 1] << np.uint8(8 - skip))
-        fields.append(field & np.uint8(2**bits - 1))
-    return xp.stack(fields, 1).reshape(-1, data.shape[1])
+def _widths(bits: int) -> list[int]:
+    """Widths of the planes of a code, low bits first."""
+    return [width for width in (8, 4, 2, 1) if bits & width]
 
 
-_packed = jax.jit(pack, static_argnums=1)
+def _place(layout: str, bits: int, code: int, bit: int) -> int:
+    """Where a bit of one of 8 codes lies."""
+    if layout == "bytes":
+        return 8 * code + bit
+    if layout == "string":
+        return bits * code + bit
+    low = 0  # of a plane
+    for width in _widths(bits):
+        if bit < low + width:
+            return 8 * low + width * code + bit - low
+        low += width
+    raise AssertionError("no such bit")
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _repacked(data: Any, bits: int, count: int) -> Any:
-    return pack(_fields(data, bits, jnp)[:count], bits)
+@functools.cache
+def _moves(bits: int, source: str, target: str) -> list[tuple[int, int, int, int]]:
+    """Target byte, source byte, shift to the left and mask of bits that move alike."""
+    made: dict[tuple[int, int, int], int] = {}
+    for code in range(8):
+        for bit in range(bits):
+            start, end = (_place(x, bits, code, bit) for x in (source, target))
+            move = end // 8, start // 8, end % 8 - start % 8
+            made[move] = made.get(move, 0) | 1 << end % 8
+    return [(*move, mask) for move, mask in sorted(made.items())]
 
 
-def transposed(array: np.ndarray) -> np.ndarray:
-    """`array.T`, contiguous: in strips, which is several times faster than at once."""
-    raw = array.view(f"u{array.dtype.itemsize}")  # float8 copies value by value
-    made = np.empty(array.shape[::-1], raw.dtype)
-    for i in range(0, len(array), 16):
-        made[:, i : i + 16] = raw[i : i + 16].T
-    return made.view(array.dtype)
+def moved(data: Any, bits: int, source: str, target: str, xp: Any) -> Any:
+    """Blocks of 8 codes in another layout.
+
+    Args:
+      data: uint8 `[n, ...]`, `n` a multiple of `bits`, or of 8 for `bytes`.
+      bits: code width.
+      source: the layout of `data`.
+      target: the layout to return.
+      xp: NumPy or `jax.numpy`.
+    """
+    blocks = data.reshape(-1, 8 if source == "bytes" else bits, *data.shape[1:])
+    made: dict[int, Any] = {}
+    for end, start, shift, mask in _moves(bits, source, target):
+        field = blocks[:, start]
+        field = field << xp.uint8(shift) if shift > 0 else field >> xp.uint8(-shift)
+        field = field & xp.uint8(mask)
+        made[end] = made[end] | field if end in made else field
+    done = xp.stack([made[end] for end in sorted(made)], 1)
+    return done.reshape(-1, *data.shape[1:])
+
+
+_compiled = jax.jit(functools.partial(moved, xp=jnp), static_argnums=(1, 2, 3))
+
+
+def _planes(
+    data: np.ndarray,
+    bits: int,
+    count: int,
+    source: str,
+    order: np.ndarray | None = None,
+) -> np.ndarray:
+    """Codes, in order or those at `order`, as `qjax.packing` packs them."""
+    width = 8 if source == "bytes" else bits  # bytes of 8 codes
+    made = np.empty((packed_rows(count, bits), data.shape[1]), np.uint8)
+    for start in range(0, count, _CODES):
+        first, size = start // 8 * width, _CODES // 8 * width
+        if order is None:
+            part = data[first : first + size]
+        else:
+            part = data[order[start : start + _CODES]]
+        if len(part) < size:
+            part = np.pad(part, [(0, size - len(part)), (0, 0)])
+        done = _compiled(jax.device_put(part, _host()), bits, source, "planes")
+        rows = made[start // 8 * bits :][: _CODES // 8 * bits]
+        rows[:] = np.asarray(done)[: len(rows)]
+    return made
 
 
 def words_of(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -98,41 +184,33 @@ def words_of(codes: np.ndarray, bits: int) -> np.ndarray:
       int32 `[ceil(n * bits / 32), cols]`; bits behind the last code are 0.
     """
     cols = codes.shape[1]
-    if 8 % bits == 0:
-        made = repacked(codes, bits)
-    else:
-        blocks = np.pad(codes, [(0, -len(codes) % 8), (0, 0)]).reshape(-1, 8, cols)
-        string = np.zeros((len(blocks), bits, cols), np.uint8)
-        for k in range(8):
-            at, skip = divmod(k * bits, 8)
-            string[:, at] |= blocks[:, k] << np.uint8(skip)
-            if skip + bits > 8:
-                string[:, at + 1] |= blocks[:, k] >> np.uint8(8 - skip)
-        made = string.reshape(-1, cols)[: -(-len(codes) * bits // 8)]
+    blocks = np.pad(codes, [(0, -len(codes) % 8), (0, 0)])
+    made = moved(blocks, bits, "bytes", "string", np)
+    made = made[: -(-len(codes) * bits // 8)]
     made = np.pad(made, [(0, -len(made) % 4), (0, 0)])
     words = np.ascontiguousarray(made.reshape(-1, 4, cols).transpose(0, 2, 1))
     return np.array(words.view("<i4")[..., 0], np.int32, order="C")
 
 
-def planar_codes(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Codes of GPTQ's planar words: fields of 4, 2 and 1 bits, each a bit string.
+def planar(words: np.ndarray, bits: int) -> np.ndarray:
+    """Codes of GPTQ's planar words as `qjax.packing` packs them.
 
     Args:
-      words: int32 `[n / 32 * bits, cols]`.
-      bits: 3, 5, 6 or 7.
-      count: number of codes.
+      words: int32 `[n / 32 * bits, cols]`: 32 codes' fields of 4, 2 and 1 bits, each
+        a bit string; these are the planes of four blocks of `qjax.packing`.
+      bits: code width, 1 to 8.
 
     Returns:
-      uint8 `[count, cols]`.
+      uint8 `[n / 8 * bits, cols]`.
     """
-    blocks = words.reshape(-1, bits, words.shape[1])
-    made = np.zeros((len(blocks) * 32, words.shape[1]), np.uint8)
-    done = 0
-    for width in (w for w in (4, 2, 1) if bits & w):
-        plane = blocks[:, done : done + width].reshape(-1, words.shape[1])
-        made |= codes_of(stream(plane), width, len(made)) << np.uint8(done)
-        done += width
-    return made[:count]
+    cols, low = words.shape[1], 0
+    stored = stream(words).reshape(-1, 4 * bits, cols)
+    made = np.empty((len(stored), 4, bits, cols), np.uint8)
+    for width in _widths(bits):
+        plane = stored[:, 4 * low : 4 * (low + width)]
+        made[:, :, low : low + width] = plane.reshape(-1, 4, width, cols)
+        low += width
+    return made.reshape(-1, cols)
 
 
 def packed_codes(data: np.ndarray, bits: int, count: int) -> np.ndarray:
@@ -145,26 +223,28 @@ def packed_codes(data: np.ndarray, bits: int, count: int) -> np.ndarray:
         made = made.copy()  # bits behind the last code need not be zero
         made[-1] &= np.uint8(2 ** (8 - spare * bits) - 1)
         return made
-    return np.asarray(_repacked(_blocks(data, bits, count), bits, count))
+    return _planes(_blocks(data, bits, count), bits, count, "string")
 
 
-def reordered(data: np.ndarray, bits: int, order: np.ndarray) -> np.ndarray:
-    """The codes at `order` of a bit string, packed as `qjax.packing` packs them."""
-    per, spare = 8 // bits, -len(order) % (8 // bits)
-    if 8 % bits or spare:
-        return repacked(codes_of(data, bits, len(order))[order], bits)
-    made = np.zeros((len(order) // per, data.shape[1]), np.uint8)
-    for field in range(per):
-        row, place = np.divmod(order[field::per], per)
-        codes = data[row] >> (bits * place).astype(np.uint8)[:, None]
-        codes &= np.uint8(2**bits - 1)
-        made |= codes << np.uint8(bits * field)
+def reordered(
+    data: np.ndarray, bits: int, order: np.ndarray, layout: str = "string"
+) -> np.ndarray:
+    """The codes at `order`, packed as `qjax.packing` packs them; see `codes_of`."""
+    made = np.empty((packed_rows(len(order), bits), data.shape[1]), np.uint8)
+    for start in range(0, data.shape[1], _COLUMNS):
+        columns = slice(start, start + _COLUMNS)
+        codes = codes_of(data[:, columns], bits, len(order), layout)
+        made[:, columns] = repacked(codes, bits, order)
     return made
 
 
-def repacked(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Unpacked codes `[in, out]` as `qjax.packing` packs them."""
-    return np.asarray(_packed(codes, bits))
+def repacked(
+    codes: np.ndarray, bits: int, order: np.ndarray | None = None
+) -> np.ndarray:
+    """Unpacked codes `[in, out]`, or those at `order`, as `qjax.packing` packs them."""
+    if bits == 8:
+        return codes if order is None else codes[order]
+    return _planes(codes, bits, len(codes), "bytes", order)
 
 
 def group_order(index: np.ndarray, group: int, where: str) -> np.ndarray | None:

@@ -52,11 +52,14 @@ def layer(out, wide, bits, group, axis, dtype="float32"):
     return parts, dense.reshape(out, wide).T
 
 
-# (out, in, bits, group, axis): rows that do not fill a word of three bits, one group
+# (out, in, bits, group, axis): rows that do not fill a word of three bits or do, one
+# group, groups of whole blocks of eight or not
 CASES = [
     (12, 48, 1, 8, 1),
     (12, 24, 2, 24, 1),
     (7, 21, 3, 7, 1),
+    (10, 48, 3, 16, 1),
+    (7, 48, 3, 24, 1),
     (6, 33, 3, 3, 0),
     (6, 20, 4, 20, 1),
     (6, 5, 4, 6, 0),

@@ -20,7 +20,7 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """A server with two models, counting what is fetched."""
+    """A server with three models, counting what is fetched."""
 
     def __init__(self, weights: bytes):
         text = {"config.json": b"{}", "tokenizer.json": b"{}", "evil.py": b"raise"}
@@ -29,6 +29,15 @@ class Hub:
         self.repos = {
             "me/safe": text | pickled | other | {"model.safetensors": weights},
             "me/pickled": text | pickled,
+            "me/m-GGUF": {
+                "m-Q8_0.gguf": b"GGUF",
+                "m-q4_k_m.gguf": b"GGUF",
+                "README.md": b"",
+                "big/m-Q2_K-00001-of-00002.gguf": b"GGUF",
+                "big/m-Q2_K-00002-of-00002.gguf": b"GGUF",
+                "big/other-Q3_K.gguf": b"GGUF",
+                "m-Q3_K.gguf": b"GGUF",
+            },
         }
         self.fetched: list[str] = []
         hub = self
@@ -146,6 +155,17 @@ def test_pickled_weights_only_without_safetensors(hub: Hub, tmp_path: Path) -> N
     (outcome,) = _open(hub, tmp_path / "home", [["me/pickled"]])
     assert sorted(hub.fetched) == ["config.json", "pytorch_model.bin", "tokenizer.json"]
     assert outcome[0] == "FormatError" and "pytorch_model.bin" in outcome[1]
+
+
+def test_one_gguf_file_of_several(hub: Hub, tmp_path: Path) -> None:
+    names = ("Q4_K_M", "Q2_K", "Q3_K", "Q5_K")
+    asked = [[f"me/m-GGUF:{name}"] for name in names]
+    one, split, two, none = _open(hub, tmp_path / "home", asked)
+    assert one[0] == "FormatError" and "m-q4_k_m.gguf: " in one[1]  # it is no model
+    assert split[0] == "FormatError" and "m-Q2_K-00001-of-00002.gguf: " in split[1]
+    assert two[0] == "SpecError" and "'big/other-Q3_K.gguf', 'm-Q3_K.gguf'" in two[1]
+    assert none[0] == "SpecError" and "Q5_K: no GGUF file named so on the" in none[1]
+    assert "m-Q8_0.gguf" not in hub.fetched and "README.md" not in hub.fetched
 
 
 @pytest.mark.parametrize("name", ["gpt2", "EleutherAI/pythia-410m", "a/b.c-d_e"])

@@ -75,14 +75,19 @@ def test_code_in_the_config_is_dropped_and_reported(tmp_path: Path) -> None:
         "trust_remote_code": True,
         "_attn_implementation_internal": "someone/kernel",
         "text_config": {"auto_map": {}, "hidden_size": 8},
+        "quantization_config": {"auto_map": {}, "quant_type": {"_type": "Int4"}},
     }
     write_checkpoint(tmp_path / "m", config, {"a": np.zeros(1)})
     (tmp_path / "m" / "evil.py").write_text("raise SystemExit('executed')")
     with open_checkpoint(tmp_path / "m") as checkpoint:
-        assert checkpoint.config == CONFIG | {"text_config": {"hidden_size": 8}}
+        assert checkpoint.config == CONFIG | {
+            "text_config": {"hidden_size": 8},
+            "quantization_config": {"quant_type": {"_type": "Int4"}},
+        }
         assert sorted(checkpoint.ignored_config) == [
             "_attn_implementation_internal",
             "auto_map",
+            "quantization_config.auto_map",
             "text_config.auto_map",
             "trust_remote_code",
         ]

@@ -60,6 +60,18 @@ def test_planar_gptq(bits):
     equal(reader.read(parts, "here: layer"), dense(codes, scales, zeros, INDEX))
 
 
+def test_planar_gptq_that_does_not_fit():
+    codes, scales, zeros = draw(3)
+    parts = {"qweight": planar(codes, 3), "qzeros": planar(zeros.T, 3).T}
+    reader = GPTQ({"bits": 3, "checkpoint_format": "gptq_p"}, "here")
+    for change in (
+        {"qweight": parts["qweight"][:11]},
+        {"qweight": parts["qweight"][:, :40], "qzeros": parts["qzeros"][:, :4]},
+    ):
+        with pytest.raises(FormatError, match=r"here: layer.qweight: .*whole blocks"):
+            reader.read(parts | {"scales": scales} | change, "here: layer")
+
+
 def marlin(codes: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
     """Marlin's words, place by place."""
     rows, cols = codes.shape

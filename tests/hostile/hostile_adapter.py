@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from hostile_case import FOREIGN, Case, Target, entry, safetensors_bytes
-from hostile_layers import COLS, LAYER, ROWS, Raw, file_of, ones, with_one, words
+from hostile_tensors import COLS, LAYER, ROWS, Raw, file_of, ones, with_one, words
 
 PREFIX = "base_model.model."
 _A, _B = f"{PREFIX}{LAYER}.lora_A.weight", f"{PREFIX}{LAYER}.lora_B.weight"

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 from hostile_case import Case, Target
-from hostile_layers import COLS, GROUP, GROUPS, LLAMA, ROWS, ones, words
+from hostile_layers import LLAMA
+from hostile_tensors import COLS, GROUP, GROUPS, ROWS, ones, words
 
 PATH = "layers.0.mlp.up.kernel"
 _FORMAT = {"kind": "Int", "bits": 4, "group": GROUP, "symmetric": False, "axis": "in"}

@@ -130,8 +130,9 @@ def _open_packed(path: Target) -> None:
         for name in packed.names():
             leaf = packed.read(name)
             quantized = isinstance(leaf, QuantizedTensor)
-            shape = leaf.dequantize("float32").shape[::-1] if quantized else leaf.shape
-            assert shape == packed.shape(name)
+            shape = leaf.dequantize("float32").shape if quantized else leaf.shape
+            stored = packed.shape(name)
+            assert shape == ((*stored[:-2], *stored[:-3:-1]) if quantized else stored)
 
 
 def _load(path: Target) -> None:
@@ -158,6 +159,26 @@ def _open_artifact(path: Target) -> None:
             assert leaf.dequantize("float32").shape == leaf.shape
 
 
+def _open_gguf(path: Target) -> None:
+    from qjax.converters.gguf_file import open_gguf
+
+    with open_gguf(path) as file:
+        for name, tensor in file.tensors.items():
+            array = file.read(name)
+            assert (array.dtype, array.shape) == tensor.stored
+            assert array.nbytes == tensor.nbytes
+
+
+def _open_gguf_shrinking(path: Target) -> None:
+    from qjax.converters.gguf_file import open_gguf
+
+    with open_gguf(path) as file:
+        GUARD.root, root = None, GUARD.root
+        os.truncate(path, 40)
+        GUARD.root = root
+        file.read("a")
+
+
 OPENERS: dict[str, Callable[[Target], None]] = {
     "safetensors": _open_safetensors,
     "shrinks": _open_shrinking,
@@ -168,6 +189,8 @@ OPENERS: dict[str, Callable[[Target], None]] = {
     "load": _load,
     "adapter": _open_adapter,
     "artifact": _open_artifact,
+    "gguf": _open_gguf,
+    "gguf-shrinks": _open_gguf_shrinking,
 }
 GUARD = Guard()
 

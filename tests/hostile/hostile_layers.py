@@ -10,68 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hostile_case import Case, Target, entry, model, safetensors_bytes
-
-ROWS, COLS, GROUP = 96, 64, 32
-GROUPS = ROWS // GROUP
-LAYER = "model.layers.0.mlp.up_proj"
-_CODES = {
-    "int32": "I32",
-    "int64": "I64",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "float16": "F16",
-    "float32": "F32",
-    "bool": "BOOL",
-}
-
-
-class Raw:
-    """A tensor of a type that NumPy has not."""
-
-    def __init__(self, dtype: str, shape: list[int], data: bytes):
-        self.dtype, self.shape, self.data = dtype, shape, data
-
-
-def file_of(tensors: Mapping[str, Any]) -> bytes:
-    """A safetensors file; None for a tensor that is missing."""
-    header, data = {}, b""
-    for name, leaf in tensors.items():
-        if leaf is None:
-            continue
-        other = isinstance(leaf, Raw)
-        raw = leaf.data if other else np.ascontiguousarray(leaf).tobytes()
-        dtype = leaf.dtype if other else _CODES[leaf.dtype.name]
-        end = len(data) + len(raw)
-        header[name] = entry(list(leaf.shape), len(data), end, dtype)
-        data += raw
-    return safetensors_bytes(header, data)
-
-
-def words(*shape: int, dtype: str = "int32") -> np.ndarray:
-    """Arbitrary words."""
-    numbers = np.arange(1, int(np.prod(shape)) + 1) * 0x01030507 % 0x7FFFFFFF
-    return numbers.astype(dtype).reshape(shape)
-
-
-def ones(*shape: int, dtype: str = "float16") -> np.ndarray:
-    """Scales."""
-    return np.full(shape, 0.5, dtype)
-
-
-def with_one(array: Any, value: Any, at: int = 7) -> Any:
-    """A copy with one number changed."""
-    made = array.copy()
-    made.reshape(-1)[at] = value
-    return made
-
-
-def text(value: Any) -> np.ndarray:
-    """JSON as bitsandbytes stores it."""
-    raw = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return np.frombuffer(raw, np.uint8)
-
+from hostile_bases import MORE
+from hostile_case import Case, Target, model
+from hostile_tensors import (
+    COLS,
+    GROUP,
+    GROUPS,
+    LAYER,
+    ROWS,
+    Raw,
+    file_of,
+    ones,
+    text,
+    words,
+)
 
 STATE = {
     "quant_type": "nf4",
@@ -174,6 +126,7 @@ BASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "weight_scale": ones(COLS, 1, dtype="float32"),
         },
     ),
+    **MORE,
 }
 """`quantization_config` and parts of a layer, by a short name."""
 
@@ -213,6 +166,9 @@ def case(
     error: str = "FormatError",
     raw: bytes | None = None,
     whole: bool = False,
+    top: Mapping[str, Any] | None = None,
+    side: Mapping[str, Any] | None = None,
+    metadata: Any = None,
     **settings: Any,
 ) -> Case:
     """One of `BASES` with other parts or settings.
@@ -225,12 +181,15 @@ def case(
       error: class of the error.
       raw: JSON of all settings.
       whole: inside of a model, which is loaded.
+      top: other keys of config.json; `quantization_config` is None to leave it out.
+      side: content of files beside config.json: JSON, or bytes.
+      metadata: of the safetensors file.
       **settings: settings to replace.
     """
 
     def build(folder: Path) -> Target:
         usual, layer = BASES[base]
-        config: Any = {**LLAMA, "quantization_config": usual | settings}
+        config: Any = {**LLAMA, "quantization_config": usual | settings, **(top or {})}
         if raw is not None:
             config = b'{"model_type":"llama","quantization_config":' + raw + b"}"
         layer = layer | dict(parts or {})
@@ -238,7 +197,10 @@ def case(
         if whole:
             tensors |= {f"{n}.weight": ones(*shape) for n, shape in _DENSE.items()}
             (folder / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
-        return model(folder, config, model__safetensors=file_of(tensors))
+        for file, data in (side or {}).items():
+            data = data if isinstance(data, bytes) else json.dumps(data).encode()
+            (folder / file).write_bytes(data)
+        return model(folder, config, model__safetensors=file_of(tensors, metadata))
 
     found = None if message is None else error
     opener = "load" if whole else "packed"

@@ -4,12 +4,22 @@ from typing import Any
 
 import pytest
 from hostile_cases import CASES as ALL
+from hostile_layers import BASES
+
+from qjax.converters.packed import READERS
 
 CASES = {case.name: case for case in ALL}
 
 
 def test_names_are_unique() -> None:
     assert len(CASES) == len(ALL)
+
+
+def test_every_reader_has_a_valid_layer() -> None:
+    kinds = {config.get("quant_method", "mlx") for config, _ in BASES.values()}
+    assert kinds == set(READERS)
+    for base in BASES:
+        assert CASES[f"packed-{base}-ok"].error is None, base
 
 
 @pytest.mark.parametrize("name", CASES)
