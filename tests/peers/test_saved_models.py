@@ -213,7 +213,7 @@ def test_torchao(kind, plain, tmp_path):
     # torchao divides the greatest activation by 127.5 steps, not by 127.
     close = 2e-2 if kind == "w8a8" else 3e-6
     np.testing.assert_allclose(ours(tmp_path), theirs(model), atol=close)
-    kernel = qjax.load(tmp_path)[0].params()["layers.0.mlp.up.kernel"]
+    kernel = parameters(tmp_path)["layers.0.mlp.up.kernel"]
     assert isinstance(kernel, RoundedInputs) == (kind == "w8a8")
 
 
