@@ -60,6 +60,8 @@ def settings(kind: str) -> dict:
         return {"quant_method": "awq", "bits": 4, "group_size": 128}
     if kind == "bitsandbytes":
         return {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    if kind == "hqq-3bit":
+        return {"quant_method": "hqq"}
     scheme = {"num_bits": 4, "type": "int", "group_size": 128}
     if kind == "fp8":
         scheme = {"num_bits": 8, "type": "float"}
@@ -104,6 +106,17 @@ def layer(kind: str, out: int, wide: int, rng) -> dict[str, np.ndarray]:
             "weight.absmax": np.full(count // 64, 0.02, np.float32),
             "weight.quant_map": np.linspace(-1, 1, 16, dtype=np.float32),
             name: np.frombuffer(json.dumps(state).encode(), np.uint8),
+        }
+    if kind == "hqq-3bit":
+        count = out * wide // 64
+        numbers = {"nbits": 3, "axis": 1, "group_size": 64}
+        return {
+            "W_q": words(-(-count // 10), 64) & np.int32(2**30 - 1),
+            "scale": np.full((count, 1), 0.01, np.float16),
+            "zero": rng.uniform(0, 7, (count, 1)).astype(np.float16),
+            "shape": np.array([out, wide]),
+            "packing": np.frombuffer(b"3bit_32", np.uint8),
+            **{name: np.array(value, np.int32) for name, value in numbers.items()},
         }
     if kind == "fp8":
         import ml_dtypes
@@ -173,7 +186,7 @@ def child(folder: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     known = ["gptq", "gptq-desc_act", "gptq-3bit", "awq", "bitsandbytes"]
-    known += ["compressed-tensors", "fp8"]
+    known += ["hqq-3bit", "compressed-tensors", "fp8"]
     parser.add_argument("formats", nargs="*", default=known)
     parser.add_argument("--layers", type=int, default=18)
     options = parser.parse_args()

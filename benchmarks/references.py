@@ -1,17 +1,22 @@
-"""Perplexity of GPTQ and AWQ beside the original algorithms, over three calibrations.
+"""Perplexity of GPTQ, AWQ and SignRound beside the original algorithms.
 
     command   python benchmarks/references.py [CASE ...] [--seeds 3] [--windows 200]
+              [--samples 128] [--steps 50] [--batch 4]
     hardware  any CPU
-    minutes   twenty on two cores
-    result    a Markdown table of reference, ours and their ratio on both texts
+    minutes   twenty on two cores for `gptq` and `awq`, MINUTES for `autoround`
+    result    a Markdown table of reference, ours and their ratio on both texts, means
+              over the seeds
 
-Both sides run inside the same calibration (128 windows of 512 tokens, drawn from the
-calibration text by each seed) and round the same layers in the same order to integers
-with zero-points. The references are the NumPy restatements in `tests/methods`.
+Both sides see the same windows of 512 tokens, drawn from the calibration text by each
+seed, and round the same layers to integers with zero-points. The references of GPTQ and
+AWQ are the NumPy restatements in `tests/methods`, inside the same calibration. That of
+SignRound is the package auto-round, with as many steps, each on a batch of the windows;
+the seed is also that of the batches.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -23,15 +28,17 @@ from quality import CALIBRATION, EXAMPLES, TEXTS, measure
 
 import qjax
 from qjax.formats import Cast, Int
-from qjax.methods import AWQ, GPTQ, RTN, Method
+from qjax.methods import AWQ, GPTQ, RTN, Method, SignRound
 from qjax.recipes import Recipe, Rule
 
 sys.path.insert(0, str(EXAMPLES.parent / "tests" / "methods"))
+sys.path.insert(0, str(EXAMPLES.parent / "tests" / "peers"))
 
+from auto_round_reference import auto_round
 from awq_reference import autoawq, autoawq_scale
 from gptq_reference import gptq
 
-WINDOWS = 128
+MODEL = str(EXAMPLES / "model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,45 +100,65 @@ def samples(h):
     return np.sqrt(np.maximum(values, 0))[:, None] * vectors.T
 
 
-def recipe(fmt, method) -> Recipe:
-    """Every kernel of a block."""
-    return Recipe((Rule("layers.*kernel", fmt, method),), method.name)
+def quantized(model, windows, fmt, method):
+    """The model with every kernel of a block quantized."""
+    recipe = Recipe((Rule("layers.*kernel", fmt, method),), method.name)
+    return qjax.quantize_model(model, recipe, calibration=windows)
 
 
-def cases():
-    """Name, reference and ours."""
-    for bits, group in ((4, 128), (3, 64), (2, 64)):
-        fmt = Int(bits, group, symmetric=False, zero_dtype="uint8")
-        for kind, ours in (("gptq", GPTQ()), ("awq", AWQ())):
-            original = recipe(Cast("float16"), Original(kind, bits, group))
-            yield f"{kind}-int{bits}-g{group}", original, recipe(fmt, ours)
+def both(kind, bits, group, model, windows, **learning):
+    """The model as the reference makes it, and as we do.
+
+    Args:
+      kind: `gptq`, `awq` or `autoround`.
+      bits: width of the integers.
+      group: inputs per scale.
+      model: the original.
+      windows: of calibration.
+      **learning: steps, batch and seed of learned rounding.
+    """
+    fmt = Int(bits, group, symmetric=False, zero_dtype="uint8")
+    if kind == "autoround":
+        yield auto_round(model, MODEL, windows, bits, group, **learning)
+        yield quantized(model, windows, fmt, SignRound(**learning))
+    else:
+        yield quantized(model, windows, Cast("float16"), Original(kind, bits, group))
+        ours = GPTQ() if kind == "gptq" else AWQ()
+        yield quantized(model, windows, fmt, ours)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "cases", nargs="*", default=["gptq", "awq"], help="gptq, awq-int3, ..."
+        "cases", nargs="*", default=["gptq", "awq"], help="awq, autoround-int3, ..."
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=200)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    model, tokenizer = qjax.load(str(EXAMPLES / "model"))
+    model, tokenizer = qjax.load(MODEL)
     tokens = np.asarray(tokenizer.encode(CALIBRATION.read_text("utf-8")), np.int32)
     all_windows = tokens[: len(tokens) // 512 * 512].reshape(-1, 512)
     rows = {}
     print("| method | text | reference | ours | ratio |")
     print("| --- | --- | ---: | ---: | ---: |")
-    for name, *sides in cases():
+    shapes = ((4, 128), (3, 64), (2, 64))
+    for (bits, group), kind in itertools.product(shapes, ("gptq", "awq", "autoround")):
+        name = f"{kind}-int{bits}-g{group}"
         if not any(name.startswith(case) for case in options.cases):
             continue
-        found = []
+        found = rows[name] = []
         for seed in range(options.seeds):
             rng = np.random.default_rng(seed)
-            picked = all_windows[rng.permutation(len(all_windows))[:WINDOWS]]
-            made = (qjax.quantize_model(model, r, calibration=picked) for r in sides)
-            found.append([measure(m, tokenizer, options.windows) for m in made])
-        rows[name] = found
+            picked = all_windows[rng.permutation(len(all_windows))[: options.samples]]
+            learning = {"steps": options.steps, "batch": options.batch, "seed": seed}
+            sides = both(kind, bits, group, model, picked, **learning)
+            found.append([measure(m, tokenizer, options.windows) for m in sides])
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
         for text in TEXTS:
             theirs, ours = (
                 np.mean([pair[side][text] for pair in found]) for side in (0, 1)
@@ -141,8 +168,6 @@ def main() -> None:
                 f"{ours / theirs:.4f} |",
                 flush=True,
             )
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ is written. Vectors are float32; matrices what `types` says.
 """
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -22,13 +21,14 @@ from qjax.converters.gguf_rope import rope_tensors
 from qjax.converters.gguf_vocab import vocabulary
 from qjax.converters.gguf_write import write_gguf
 from qjax.converters.words import transposed
-from qjax.errors import SpecError
+from qjax.errors import SpecError, UnsupportedError
 from qjax.formats.ggml import TYPES
 from qjax.ggml import GgmlTensor
 from qjax.io.files import content_of, shown
 from qjax.models import ModelConfig
 from qjax.models.weights import Entry
 from qjax.tensor import QuantizedTensor
+from qjax.text_files import files_from
 
 MAX_FILE = 256 << 20
 VERSION = 2
@@ -154,14 +154,13 @@ def _tokenizer(
     files: Mapping[str, Any], config: ModelConfig, where: str
 ) -> dict[str, Any]:
     """Metadata of the tokenizer; none where the model has none."""
-
-    def read(name: str) -> dict[str, Any]:
-        return json.loads(content_of(files[name], MAX_FILE)) if name in files else {}
-
-    if "tokenizer.json" not in files:
+    contents = {name: content_of(file, MAX_FILE) for name, file in files.items()}
+    legacy = contents.keys() & {"tokenizer.model", "vocab.json", "vocab.txt"}
+    if "tokenizer.json" not in contents and legacy:
+        raise UnsupportedError(
+            f"{where}: GGUF: the tokenizer is {min(legacy)}; convert it once with "
+            "transformers and add tokenizer.json to the model"
+        )
+    if "tokenizer.json" not in contents:
         return {"tokenizer.ggml.model": "no_vocab"}
-    settings = read("special_tokens_map.json") | read("tokenizer_config.json")
-    if "chat_template.jinja" in files:
-        template = content_of(files["chat_template.jinja"], MAX_FILE).decode()
-        settings["chat_template"] = template
-    return vocabulary(read("tokenizer.json"), settings, config.vocab_size, where)
+    return vocabulary(files_from(contents, where), config.vocab_size, where)

@@ -1,89 +1,42 @@
-r"""The tokenizer and chat template in a GGUF file, as the files of transformers.
+"""The tokenizer and chat template in a GGUF file, as the files of transformers.
 
 Two kinds are read:
 
-* `gpt2`: byte-level BPE with merges; `tokenizer.ggml.pre` names how text is cut into
-  words, a list of patterns of which each cuts what the one before left;
+* `gpt2`: byte-level BPE with merges; `gguf_patterns` has how text is cut into words;
 * `llama`: SentencePiece BPE, which merges the pair whose piece has the greatest score.
   Merges by rank say the same: every way to cut a piece in two known pieces is a merge,
-  in the order of the scores.
+  in the order of the scores. Only where pieces of equal score overlap may another be
+  merged first, as in every tokenizer that transformers converts.
 
 A file may also carry its `tokenizer.json` whole (`tokenizer.huggingface.json`).
 
 Reference: ggml-org/llama.cpp, `src/llama-vocab.cpp`; google/sentencepiece,
-`bpe_model.cc`; the patterns are those of each model's own `tokenizer.json`.
+`bpe_model.cc`.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qjax.converters.gguf_config import Metadata
+import numpy as np
+
+from qjax.converters.gguf_metadata import Metadata
+from qjax.converters.gguf_patterns import CUTS, Cut
+from qjax.converters.gguf_tokens import (
+    BYTE,
+    CONTROL,
+    UNKNOWN,
+    USER,
+    Vocabulary,
+    numbers_of,
+    read_vocabulary,
+    texts_of,
+)
 from qjax.errors import FormatError, UnsupportedError
 from qjax.io.json import parse_object
 
 _log = logging.getLogger(__name__)
 MAX_JSON = 64 << 20
-_UNKNOWN, _CONTROL, _USER, _BYTE = 2, 3, 4, 6  # token types; 1 is normal, 5 unused
-_WORD = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_SPACE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-_OPEN = r"[^\r\n\p{L}\p{N}]?"
-_MARKS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
-
-
-def _modern(digits: str) -> tuple[str, ...]:
-    return (rf"{_SHORT}|{_OPEN}\p{{L}}+|{digits}|{_MARKS}|{_SPACE}",)
-
-
-_LLAMA3, _QWEN2 = _modern(r"\p{N}{1,3}"), _modern(r"\p{N}")
-_CUT_DIGITS = (r"\p{N}", _WORD)
-_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _WORD, r"\p{N}+", "[0-9][0-9][0-9]")
-_DEEPSEEK3 = (
-    r"\p{N}{1,3}",
-    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
-    r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + _SPACE,
-)
-PATTERNS: dict[str, tuple[str, ...]] = {
-    "default": _DEFAULT,
-    **dict.fromkeys(
-        ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling"),
-        (_WORD,),
-    ),
-    **dict.fromkeys(
-        ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "lfm2"),
-        _LLAMA3,
-    ),
-    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"), _LLAMA3),
-    **dict.fromkeys(
-        ("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez"), _QWEN2
-    ),
-    **dict.fromkeys(
-        ("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone"),
-        _CUT_DIGITS,
-    ),
-    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _WORD, "[0-9][0-9][0-9]"),
-    "deepseek-v3": _DEEPSEEK3,
-    "tekken": (
-        rf"{_OPEN}{_LOWER}|{_OPEN}{_UPPER}|\p{{N}}"
-        rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACE}",
-    ),
-    "gpt-4o": (
-        rf"{_OPEN}{_LOWER}{_SHORT}?|{_OPEN}{_UPPER}{_SHORT}?|\p{{N}}{{1,3}}"
-        rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACE}",
-    ),
-}
-"""Patterns by `tokenizer.ggml.pre`."""
-_WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"}
-"""Cuts under which a word that is a token stays whole; texts begin with BOS."""
-_ENDS = (
-    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"),
-    *("<|end_of_text|>", "</s>", "<|eom_id|>", "<EOT>", "<|return|>", "<|call|>"),
-)
-"""Texts of control tokens that end a reply, whatever the metadata say."""
 
 
 def tokenizer_files(values: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
@@ -106,112 +59,70 @@ def tokenizer_files(values: Mapping[str, Any], where: str) -> dict[str, dict[str
             f"{where}: tokenizer {kind!r:.100} is not read; expected 'gpt2' (BPE) or "
             "'llama' (SentencePiece)"
         )
-    tokens = _texts(meta, "tokenizer.ggml.tokens")
-    kinds = [int(v) for v in values.get("tokenizer.ggml.token_type", [])]
-    kinds = kinds or [1] * len(tokens)
-    if len(kinds) != len(tokens):
-        raise FormatError(
-            f"{where}: {len(kinds)} token types for {len(tokens)} tokens; expected one "
-            "for each"
-        )
-    special = _special(meta, tokens)
+    own = read_vocabulary(meta, kind)
+    cut = _cut(meta) if kind == "gpt2" else Cut((), begins=True)
     if meta.has("tokenizer.huggingface.json"):
+        name, limit = f"{where}: tokenizer.huggingface.json", MAX_JSON
         text = meta.get("tokenizer.huggingface.json", str)
-        main = parse_object(
-            text.encode(), f"{where}: tokenizer.huggingface.json", max_bytes=MAX_JSON
-        )
-    elif kind == "gpt2":
-        main = _bpe(meta, tokens)
+        main = parse_object(text.encode(), name, max_bytes=limit)
     else:
-        main = _sentencepiece(meta, tokens, kinds)
-    begins = kind == "llama" or _cut(meta) in _WHOLE_WORDS
-    begins = meta.get("tokenizer.ggml.add_bos_token", bool, begins)
-    main.setdefault("added_tokens", _added(tokens, kinds))
-    if "bos" in special:
-        main.setdefault("post_processor", _begin(*special["bos"]) if begins else None)
+        main = _bpe(meta, own, cut) if kind == "gpt2" else _sentencepiece(meta, own)
+    begins = meta.get("tokenizer.ggml.add_bos_token", bool, cut.begins)
+    main.setdefault("added_tokens", _added(own))
+    if begins and "bos" in own.special:
+        main.setdefault("post_processor", _begin(*own.special["bos"]))
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "add_bos_token": begins,
     }
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-    for own, name in names.items():
-        if own in special:
-            config[f"{name}_token"] = special[own][1]
+    for role, name in names.items():
+        if role in own.special:
+            config[f"{name}_token"] = own.special[role][1]
     if templates := _templates(values):
         config["chat_template"] = templates
-    ends = [special[own][0] for own in ("eos", "eot", "eom") if own in special]
-    ends += [
-        i for i, t in enumerate(tokens) if kinds[i] in (_CONTROL, _USER) and t in _ENDS
-    ]
     return {
         "tokenizer.json": {"version": "1.0", **main},
         "tokenizer_config.json": config,
-        "generation_config.json": {"eos_token_id": list(dict.fromkeys(ends))},
+        "generation_config.json": {"eos_token_id": own.ends},
     }
 
 
-def _texts(meta: Metadata, key: str) -> list[str]:
-    found = meta.values.get(key)
-    if not isinstance(found, list) or not all(isinstance(t, str) for t in found):
-        raise FormatError(f"{meta.where}: metadata {key!r} is not a list of texts")
-    return found
-
-
-def _special(meta: Metadata, tokens: Sequence[str]) -> dict[str, tuple[int, str]]:
-    """Number and text of the tokens with a role."""
-    found = {}
-    for own in ("bos", "eos", "eot", "eom", "unknown", "padding"):
-        key = f"tokenizer.ggml.{own}_token_id"
-        if meta.has(key):
-            number = meta.get(key, int)
-            if not 0 <= number < len(tokens):
-                raise FormatError(
-                    f"{meta.where}: {key} is {number}, there are {len(tokens)} tokens"
-                )
-            found[own] = number, tokens[number]
-    return found
-
-
-def _vocabulary(meta: Metadata, tokens: Sequence[str]) -> dict[str, int]:
-    vocab = {text: i for i, text in enumerate(tokens)}
-    if len(vocab) != len(tokens):
-        twice = next(t for i, t in enumerate(tokens) if vocab[t] != i)
-        raise FormatError(f"{meta.where}: token {twice!r:.100} is given twice")
-    return vocab
-
-
-def _cut(meta: Metadata) -> str:
-    return meta.get("tokenizer.ggml.pre", str, "default")
-
-
-def _bpe(meta: Metadata, tokens: Sequence[str]) -> dict[str, Any]:
-    """`tokenizer.json` of byte-level BPE."""
-    name = _cut(meta)
-    if name not in PATTERNS:
-        raise UnsupportedError(
-            f"{meta.where}: tokenizer.ggml.pre {name!r:.100} is not known; known: "
-            f"{', '.join(sorted(PATTERNS))}"
-        )
+def _cut(meta: Metadata) -> Cut:
+    """How text is cut into words."""
     if not meta.has("tokenizer.ggml.pre"):
         _log.warning(
             "%s: does not say how its tokenizer cuts words; using 'default', which may "
             "give other tokens than the model was trained with",
             meta.where,
         )
-    merges = [text.split(" ", 1) for text in _texts(meta, "tokenizer.ggml.merges")]
-    cuts = [
-        {
-            "type": "Split",
-            "pattern": {"Regex": pattern},
-            "behavior": "Isolated",
-            "invert": False,
-        }
-        for pattern in PATTERNS[name]
-    ]
+    name = meta.get("tokenizer.ggml.pre", str, "default")
+    if name not in CUTS:
+        raise UnsupportedError(
+            f"{meta.where}: tokenizer.ggml.pre {name!r:.100} is not known; known: "
+            f"{', '.join(sorted(CUTS))}"
+        )
+    return CUTS[name]
+
+
+def _bpe(meta: Metadata, own: Vocabulary, cut: Cut) -> dict[str, Any]:
+    """`tokenizer.json` of byte-level BPE."""
+    known = {text: i for i, text in enumerate(own.tokens)}
+    merges = []
+    for text in texts_of(meta, "tokenizer.ggml.merges"):
+        at = text.find(" ", 1)
+        pair = [text[:at], text[at + 1 :]] if at > 0 else [text]
+        if len(pair) != 2 or not known.keys() >= {*pair, "".join(pair)}:
+            raise FormatError(
+                f"{meta.where}: merge {text!r:.100} is not two tokens that make another"
+            )
+        merges.append(pair)
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    cuts = [{**split, "pattern": {"Regex": pattern}} for pattern in cut.patterns]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     return {
-        "normalizer": {"type": "NFC"} if PATTERNS[name] is _QWEN2 else None,
+        "normalizer": {"type": "NFC"} if cut.composed else None,
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [*cuts, {**level, "use_regex": False}],
@@ -219,32 +130,22 @@ def _bpe(meta: Metadata, tokens: Sequence[str]) -> dict[str, Any]:
         "decoder": {**level, "add_prefix_space": True, "use_regex": True},
         "model": {
             "type": "BPE",
-            "ignore_merges": name in _WHOLE_WORDS,
-            "vocab": _vocabulary(meta, tokens),
+            "ignore_merges": cut.whole,
+            "vocab": known,
             "merges": merges,
         },
     }
 
 
-def _sentencepiece(
-    meta: Metadata, tokens: Sequence[str], kinds: Sequence[int]
-) -> dict[str, Any]:
+def _sentencepiece(meta: Metadata, own: Vocabulary) -> dict[str, Any]:
     """`tokenizer.json` of SentencePiece BPE."""
-    scores = [float(v) for v in meta.values.get("tokenizer.ggml.scores", [])]
-    if len(scores) != len(tokens):
+    tokens, kinds, _ = own
+    scores = numbers_of(meta, "tokenizer.ggml.scores", "iuf", len(tokens))
+    if scores is None or not np.all(np.isfinite(scores)):
         raise FormatError(
-            f"{meta.where}: {len(scores)} scores for {len(tokens)} tokens; expected "
-            "one for each"
+            f"{meta.where}: tokenizer.ggml.scores are missing or not finite; "
+            "SentencePiece needs a score for each token"
         )
-    vocab = _vocabulary(meta, tokens)
-    plain = {t for t, k in zip(tokens, kinds, strict=True) if k not in (2, 3, 6)}
-    merges = [
-        (-scores[vocab[text]], vocab[text[:at]], vocab[text[at:]])
-        for text in plain
-        for at in range(1, len(text))
-        if text[:at] in plain and text[at:] in plain
-    ]
-    merges.sort()
     prefix = meta.get("tokenizer.ggml.add_space_prefix", bool, True)
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     steps: list[dict[str, Any]] = [
@@ -254,7 +155,9 @@ def _sentencepiece(
     ]
     if prefix:
         steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    unknown = next((t for t, k in zip(tokens, kinds, strict=True) if k == 2), None)
+    unknown = next(
+        (t for t, k in zip(tokens, kinds, strict=True) if k == UNKNOWN), None
+    )
     return {
         "normalizer": {
             "type": "Sequence",
@@ -266,20 +169,38 @@ def _sentencepiece(
             "type": "BPE",
             "unk_token": unknown,
             "fuse_unk": True,
-            "byte_fallback": _BYTE in kinds,
-            "vocab": vocab,
-            "merges": [[tokens[a], tokens[b]] for _, a, b in merges],
+            "byte_fallback": BYTE in kinds,
+            "vocab": {text: i for i, text in enumerate(tokens)},
+            "merges": merges_of(tokens, kinds, scores.tolist()),
         },
     }
 
 
-def _added(tokens: Sequence[str], kinds: Sequence[int]) -> list[dict[str, Any]]:
+def merges_of(
+    tokens: Sequence[str], kinds: Sequence[int], scores: Sequence[float]
+) -> list[list[str]]:
+    """Every way to make a piece of two others, the greatest scores first."""
+    pieces = {
+        text: (-score, i)
+        for i, (text, kind, score) in enumerate(zip(tokens, kinds, scores, strict=True))
+        if kind not in (UNKNOWN, CONTROL, BYTE)
+    }
+    found = [
+        (score, pieces[text[:at]][1], pieces[text[at:]][1])
+        for text, (score, _) in pieces.items()
+        for at in range(1, len(text))
+        if text[:at] in pieces and text[at:] in pieces
+    ]
+    return [[tokens[a], tokens[b]] for _, a, b in sorted(found)]
+
+
+def _added(own: Vocabulary) -> list[dict[str, Any]]:
     """Tokens that are found in a text before anything else is done."""
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return [
-        {"id": i, "content": text, **plain, "special": kind != _USER}
-        for i, (text, kind) in enumerate(zip(tokens, kinds, strict=True))
-        if kind in (_UNKNOWN, _CONTROL, _USER) and text
+        {"id": i, "content": text, **plain, "special": kind != USER}
+        for i, (text, kind) in enumerate(zip(own.tokens, own.kinds, strict=True))
+        if kind in (UNKNOWN, CONTROL, USER)
     ]
 
 

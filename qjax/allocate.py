@@ -16,43 +16,30 @@ budget exactly, by dynamic programming over bytes.
 Costs: for `kl` one evaluation of a few windows per unit. The result is an ordinary
 `Recipe`, one rule per kernel, so everything that takes recipes takes it.
 
-Reference: Frantar and Alistarh, arXiv 2208.11580, section 4 (dynamic programming over
-layer-wise losses); Dong et al., HAWQ, arXiv 1905.03696 (sensitivity by layer).
+`qjax.sensitivity` measures, `qjax.budget` solves.
 """
 
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from qjax.budget import packed_bytes, solve
 from qjax.calibration import CONTEXT, BlockStream, calibration_windows
 from qjax.checkpoint import load
 from qjax.errors import SpecError
-from qjax.evaluate import (
-    Windows,
-    as_scorer,
-    plot_allocation,
-    require_matplotlib,
-    score_windows,
-)
-from qjax.formats import Format, Int
+from qjax.evaluate import plot_allocation, require_matplotlib
+from qjax.formats import Format
 from qjax.io.atomic import write_bytes
-from qjax.methods import RTN, Method, Statistics, needs_of, quantize
+from qjax.methods import Method
 from qjax.models import Decoder
 from qjax.recipes import Recipe, Rule, load_recipe
+from qjax.sensitivity import PROBE, SCORES, distortion
 
-SCORES = ("kl", "gradient")
-STEPS = 4096
-"""Parts that the budget is cut into; sizes are rounded up to them."""
-PROBE = Int(3, "channel", symmetric=False), RTN("mse")
-"""What sensitivity is measured with; fits matrices of any shape."""
 BITS = (1, 2, 3, 4, 5, 6, 8)
 
 
@@ -139,14 +126,13 @@ def allocate(
         smallest candidate, or an unknown score.
     """
     if score not in SCORES:
-        raise SpecError(f"allocate: score is {score!r}, expected one of {SCORES}")
+        raise SpecError(f"allocate: score is {score!r}, expected one of {[*SCORES]}")
     recipe = load_recipe(recipe)
     params = model.params()
     units, rules = _units(model, recipe, params, tokens)
     choices = list(candidates or _family(rules))
     tokens = tokens[:windows]
-    measure = _by_kl if score == "kl" else _by_gradient
-    sensitivity = measure(model, params, units, tokens, progress)
+    sensitivity = SCORES[score](model, params, units, tokens, progress)
     size = np.array([[_bits(params, u, c) for c in choices] for u in units])
     loss = np.array(
         [
@@ -226,65 +212,6 @@ def allocate_checkpoint(
     return made
 
 
-def solve(
-    bits: np.ndarray, loss: np.ndarray, budget: int, steps: int = STEPS
-) -> list[int]:
-    """The choice per row with the least total loss within a budget.
-
-    Args:
-      bits: `[units, choices]`, cost of each choice, whole numbers.
-      loss: `[units, choices]`, loss of each choice.
-      budget: total cost allowed.
-      steps: parts the budget is cut into; costs are rounded up to whole parts, so the
-        budget holds and the result is optimal up to `units / steps` of it.
-
-    Returns:
-      Index of the choice of each unit.
-
-    Raises:
-      SpecError: even the cheapest choices exceed the budget.
-    """
-    if bits.min(axis=1).sum() > budget:
-        least = bits.min(axis=1).sum()
-        raise SpecError(
-            f"allocate: the smallest candidates need {least / budget:.3f} times the "
-            "budget; allow more bits, or add candidates with fewer"
-        )
-    # What every choice needs at least is exact; only the rest is rounded to steps.
-    base = bits.min(axis=1, keepdims=True)
-    spare = budget - base.sum()
-    unit = max(spare / steps, 1.0)  # below `steps` bits nothing needs rounding
-    steps = int(spare / unit)
-    cost = np.ceil((bits - base) / unit - 1e-9).astype(np.int64)
-    best = np.zeros(steps + 1)
-    back = np.zeros((len(bits), steps + 1), np.int64)
-    for i in range(len(bits)):
-        tried = np.full((bits.shape[1], steps + 1), np.inf)
-        for k in range(bits.shape[1]):
-            if (c := cost[i, k]) <= steps:
-                tried[k, c:] = best[: steps + 1 - c] + loss[i, k]
-        back[i] = tried.argmin(axis=0)
-        best = tried.min(axis=0)
-    at, picked = steps, []
-    for i in range(len(bits) - 1, -1, -1):
-        picked.append(int(back[i, at]))
-        at -= cost[i, picked[-1]]
-    return picked[::-1]
-
-
-@functools.cache
-def distortion(fmt: Format, method: Method) -> float:
-    """Mean squared error on a `[256, 256]` standard normal matrix, white inputs."""
-    w = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32)
-    statistics = None
-    if needs_of(method):
-        x = jnp.eye(256, dtype=jnp.float32)
-        zeros = Statistics.zeros(256, hessian=True, cross=True, gradient=(256, 256))
-        statistics = dataclasses.replace(zeros.add(x, x), gradient=jnp.ones(w.shape))
-    q = quantize(w, fmt, method, statistics=statistics)
-    return float(jnp.mean(jnp.square(q.dequantize(jnp.float32) - w)))
-
-
 def _units(
     model: Decoder, recipe: Recipe, params: Mapping[str, Any], tokens: np.ndarray
 ) -> tuple[list[tuple[str, ...]], list[Rule]]:
@@ -335,73 +262,5 @@ def _bits(params: Mapping[str, Any], unit: Sequence[str], choice: Any) -> float:
     total = 0
     for path in unit:
         rows, columns = params[path].shape
-        total += _packed_bytes((rows, columns), fmt, method)
+        total += packed_bytes((rows, columns), fmt, method)
     return 8.0 * total
-
-
-@functools.cache
-def _packed_bytes(shape: tuple[int, int], fmt: Format, method: Method) -> int:
-    needs = needs_of(method)
-
-    def run(w: Any, statistics: Any) -> Any:
-        return method(w, fmt, statistics=statistics if needs else None)
-
-    w = jax.ShapeDtypeStruct(shape, jnp.float32)
-    statistics = jax.eval_shape(
-        lambda: Statistics.zeros(shape[-2], hessian=True, cross=True, gradient=shape)
-    )
-    return jax.eval_shape(run, w, statistics).nbytes
-
-
-def _by_kl(model, params, units, tokens, progress) -> np.ndarray:
-    """KL divergence from the original when one unit alone has the probe's errors."""
-    baseline = as_scorer(model)
-    count, time = tokens.shape
-    windows = Windows(
-        tokens.reshape(-1),
-        time,
-        start=np.arange(count) * time,
-        length=np.full(count, time),
-        first=np.ones(count, np.int64),
-    )
-    found = []
-    for i, unit in enumerate(units):
-        changed = dict(params)
-        for path in unit:
-            q = quantize(params[path], *PROBE, name=path)
-            changed[path] = q.dequantize().astype(params[path].dtype)
-        other = as_scorer(Decoder(model.config, changed, dtype=model.dtype))
-        scores = score_windows(other, windows, baseline=baseline)
-        assert scores.kl is not None  # there is a baseline
-        found.append(max(float(np.mean(scores.kl, dtype=np.float64)), 1e-12))
-        if progress is not None:
-            progress(i + 1, len(units), unit[0])
-    return np.array(found)
-
-
-def _by_gradient(model, params, units, tokens, progress) -> np.ndarray:
-    """`1/2 sum E[g^2] delta^2` per unit, `g` the gradient of a window's mean loss."""
-    kernels = {path: params[path] for unit in units for path in unit}
-
-    def loss(kernels, window):
-        changed = Decoder(model.config, {**params, **kernels}, dtype=model.dtype)
-        logits, _ = changed(window[None, :-1])
-        logp = jax.nn.log_softmax(logits[0].astype(jnp.float32))
-        return -jnp.mean(jnp.take_along_axis(logp, window[1:, None], axis=-1))
-
-    run = jax.jit(jax.grad(loss))
-    total = {path: 0.0 for path in kernels}
-    miss = {
-        path: jnp.square(quantize(w, *PROBE).dequantize(jnp.float32) - w)
-        for path, w in kernels.items()
-    }
-    for i, window in enumerate(jnp.asarray(tokens)):
-        gradient = run(kernels, window)
-        for path in kernels:
-            score = jnp.sum(jnp.square(gradient[path].astype(jnp.float32)) * miss[path])
-            total[path] += float(score)
-        if progress is not None:
-            progress(i + 1, len(tokens), "gradients")
-    # Squared gradients of a mean over tokens are 1 / time of those of single tokens.
-    scale = 0.5 * (tokens.shape[1] - 1) / len(tokens)
-    return np.array([max(scale * sum(total[p] for p in u), 1e-12) for u in units])

@@ -72,7 +72,7 @@ def write_gguf_model(
         preset(name),
         calibration=calibration,
         revision=revision,
-        overwrite=stage.exists(),
+        overwrite=True,
         progress=progress,
     )
     made = _written(stage, path, "", None, overwrite, name)

@@ -63,9 +63,9 @@ class GgmlTensor(LayoutTensor):
 
     def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
         """See `QuantizedTensor.dequantize`."""
-        *lead, _, cols = self.codes.shape
+        *lead, rows, cols = self.codes.shape
         size = self.format.block.bytes
-        blocks = self.codes.reshape(*lead, -1, size, cols)
+        blocks = self.codes.reshape(*lead, rows // size, size, cols)
         values = self.format.block.decode(blocks)
         return values.reshape(*lead, self.matrix[0], cols).astype(dtype or self.dtype)
 
@@ -101,6 +101,7 @@ def _layout(name: str) -> AffineParts | TableParts | None:
     return None if wide else found
 
 
+@jax.jit
 def take_apart(q: GgmlTensor) -> Apart:
     """Codes, scales and zero-points of blocks, and what is needed to go back.
 
@@ -130,6 +131,7 @@ def take_apart(q: GgmlTensor) -> Apart:
     return Apart(codes, flat(scale), flat(zero), flat(rest))
 
 
+@functools.partial(jax.jit, static_argnames=("fmt", "matrix"))
 def put_together(
     fmt: Ggml, codes: Any, rest: Any, matrix: tuple[int, int]
 ) -> UInt8[Array, "*lead bytes out"]:
@@ -175,11 +177,11 @@ def _places(name: str) -> _Places:
     size = block.bytes
     single = np.zeros((size, size, 8), np.uint8)
     single[np.arange(size), np.arange(size)] = 1 << np.arange(8)
+    tried = np.pad(single.reshape(size, -1), [(0, 0), (0, 1)])  # and none
     assert block.parts is not None
     with jax.ensure_compile_time_eval():
-        found = block.parts(jnp.asarray(single.reshape(size, -1))).codes
-        none = block.parts(jnp.zeros((size, 1), jnp.uint8)).codes
-    changed = np.asarray(found).view(np.uint8) ^ np.asarray(none).view(np.uint8)
+        found = np.asarray(jax.jit(block.parts)(tried).codes).view(np.uint8)
+    changed = found[:, :-1] ^ found[:, -1:]
     element = np.argmax(changed != 0, axis=0).reshape(size, 8)
     field = np.max(changed, axis=0).reshape(size, 8)
     coded = np.flatnonzero(field.all(axis=1))

@@ -8,9 +8,10 @@ import numpy as np
 
 from qjax.artifact import tensor_report
 from qjax.errors import NonFiniteError, SpecError
-from qjax.methods import RTN, Statistics, quantize, uses_of
+from qjax.methods import Statistics, quantize
 from qjax.methods.array import check_finite, count_nonfinite
-from qjax.methods.hessian import output_error
+from qjax.methods.fallback import choose
+from qjax.methods.hessian import output_error, singular
 from qjax.methods.llm_int8 import trim
 from qjax.recipes import Recipe
 from qjax.tensor import QuantizedTensor
@@ -60,27 +61,22 @@ def quantize_parameter(
         reason = "vector" if len(w.shape) < 2 else "kept by the recipe"
         kept = {"shape": source["shape"], "dtype": source["format"], "reason": reason}
         return w, {**kept, "nbytes": source["nbytes"], **base}
-    method = rule.method
-    if statistics is not None and not float(statistics.count):
-        method, shared = RTN("mse"), None
-        base["fallback"] = f"no calibration token reached it; {method.name} instead"
-    options: dict[str, Any] = {"statistics": statistics, "shared": shared}
-    if not uses_of(method):
-        options = {}
-    axis = -1 if path in TABLES else -2
+    method, known, reason = choose(rule.method, rule.format, statistics)
+    if reason:
+        shared, base["fallback"] = None, reason
+    options: dict[str, Any] = {"axis": -1 if path in TABLES else -2}
+    if known is not None:
+        options |= {"statistics": known, "shared": shared}
     try:
-        q = quantize(
-            w, rule.format, method, axis=axis, nonfinite=nonfinite, name=path, **options
-        )
+        q = quantize(w, rule.format, method, nonfinite=nonfinite, name=path, **options)
     except SpecError as error:
         text = str(error)
         raise SpecError(text if path in text else f"{path}: {text}") from None
     q = trim(q)
     made = quantized_report(path, w, q, method.name)
-    if statistics is not None and statistics.hessian is not None:
-        made["output_error"] = float(
-            _output_error(jnp.asarray(w), q, statistics.hessian)
-        )
+    hessian = None if statistics is None else statistics.hessian
+    if statistics is not None and hessian is not None and float(statistics.count):
+        made["output_error"] = float(_output_error(jnp.asarray(w), q, hessian))
     return q, {**made, **base}
 
 
@@ -95,11 +91,7 @@ def quantized_report(path: str, w: Any, q: Any, method: str) -> dict[str, Any]:
     """What the report says of a quantized tensor."""
     error = float(_relative_error(jnp.asarray(w), q)) if q.size else 0.0
     if not np.isfinite(error):
-        raise NonFiniteError(
-            f"{path}: {method} gave weights that are NaN or infinite; expected finite "
-            "ones. Its Hessian may be singular: give more calibration text, raise "
-            "damp=, or take another method for this tensor"
-        )
+        raise NonFiniteError(singular(path, method))
     return {**tensor_report(path, q), "method": method, "error": error}
 
 

@@ -71,13 +71,13 @@ def quantize_model(
     from qjax.models import Decoder, ModelConfig
     from qjax.models.stacks import Stacks
 
-    recipe = load_recipe(recipe)
+    chosen = load_recipe(recipe)
     default = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     entries: dict[str, Any] = {}
 
     def run(config: ModelConfig, parts: Iterator[Any], tokenizer: Any) -> Any:
         tokens, importances = _calibration(calibration, tokenizer, config)
-        own = mixture(recipe, config, imatrix=calibration is not None)
+        own = mixture(chosen, config, imatrix=calibration is not None)
         quantizer = PartQuantizer(
             own,
             config,
@@ -102,7 +102,7 @@ def quantize_model(
         compute = jnp.dtype(dtype or source.dtype)
         config, directory = source.config, getattr(source.assets, "directory", None)
         tokenizer = _tokenizer(calibration, directory)
-        params, report, recipe = run(config, source.parts(), tokenizer)
+        params, report, chosen = run(config, source.parts(), tokenizer)
     else:
         compute = jnp.dtype(dtype or default)
         _refuse_artifact(source)
@@ -110,11 +110,11 @@ def quantize_model(
             config = ModelConfig.from_hf(checkpoint.config)
             directory = str(checkpoint.directory)
             tokenizer = _tokenizer(calibration, directory)
-            params, report, recipe = run(config, dense_parts(checkpoint), tokenizer)
+            params, report, chosen = run(config, dense_parts(checkpoint), tokenizer)
     model = Decoder(config, params, dtype=compute)
     model.report = report
     if directory is not None:
-        model.assets = Assets(directory, json.dumps(recipe.to_dict()))
+        model.assets = Assets(directory, json.dumps(chosen.to_dict()))
     return model
 
 
@@ -156,7 +156,7 @@ def quantize_checkpoint(
     from qjax.converters.gguf_recipe import mixture
     from qjax.models import ModelConfig
 
-    recipe = load_recipe(recipe)
+    named = load_recipe(recipe)
     _refuse_artifact(source)
     with open_checkpoint(source, revision) as checkpoint:
         config = ModelConfig.from_hf(checkpoint.config)
@@ -165,9 +165,9 @@ def quantize_checkpoint(
             tokenizer = tokenizer_of(checkpoint.directory)
             tokenizer.check_vocab(config.vocab_size)
         tokens, importances = _calibration(calibration, tokenizer, config)
-        recipe = mixture(recipe, config, imatrix=calibration is not None)
+        chosen = mixture(named, config, imatrix=calibration is not None)
         quantizer = PartQuantizer(
-            recipe,
+            chosen,
             config,
             tokens=tokens,
             dtype=jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16,
@@ -178,7 +178,7 @@ def quantize_checkpoint(
         )
         identity = {
             "source": checkpoint.fingerprint(),
-            "recipe": recipe.to_dict(),
+            "recipe": chosen.to_dict(),
             "nonfinite": nonfinite,
         }
         if tokens is not None:
@@ -186,7 +186,7 @@ def quantize_checkpoint(
         elif importances:
             identity["calibration"] = sha256_file(calibration)
         with ArtifactWriter(target, identity, overwrite=overwrite) as out:
-            parts = rotate_parts(config, dense_parts(checkpoint), recipe.rotate)
+            parts = rotate_parts(config, dense_parts(checkpoint), chosen.rotate)
             for index, (layer, part) in enumerate(parts):
                 name = part_name(layer, index == 0)
                 if name in out.done:
@@ -199,7 +199,7 @@ def quantize_checkpoint(
                 quantizer.step(name)
             report = quantizer.report(dict(out.reports()))
             header = {
-                "recipe": recipe.to_dict(),
+                "recipe": chosen.to_dict(),
                 "source": {"sha256": checkpoint.source_digest()},
             }
             out.finish(header, checkpoint.assets())

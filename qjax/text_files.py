@@ -78,8 +78,8 @@ def files_from(contents: Mapping[str, bytes], where: str) -> TokenizerFiles:
     """The same from contents by name, in place of a folder.
 
     Raises:
-        FormatError: `tokenizer.json` is no tokenizer.
-        SpecError: There is none.
+        FormatError: A content is damaged.
+        SpecError: There is no `tokenizer.json`.
     """
     if "tokenizer.json" not in contents:
         raise SpecError(f"{where}: has no tokenizer")
@@ -87,13 +87,18 @@ def files_from(contents: Mapping[str, bytes], where: str) -> TokenizerFiles:
         backend = tokenizers.Tokenizer.from_buffer(contents["tokenizer.json"])
     except Exception as error:  # the package raises plain Exception
         raise FormatError(f"{where}: not a valid tokenizer: {error}") from None
-    config = json.loads(contents.get("tokenizer_config.json", b"{}"))
-    return TokenizerFiles(
-        backend,
-        config,
-        generation_config=json.loads(contents.get("generation_config.json", b"{}")),
-        chat_templates=_listed(config),
-    )
+
+    def read(name: str) -> dict[str, Any]:
+        return _object(contents.get(name, b"{}"), f"{where}: {name}")
+
+    config = read("special_tokens_map.json") | read("tokenizer_config.json")
+    templates = _listed(config)
+    if "chat_template.jinja" in contents:
+        try:
+            templates["default"] = contents["chat_template.jinja"].decode()
+        except UnicodeDecodeError as error:
+            raise FormatError(f"{where}: chat_template.jinja: {error}") from None
+    return TokenizerFiles(backend, config, read("generation_config.json"), templates)
 
 
 def _convert_legacy(folder: str) -> tokenizers.Tokenizer:
@@ -142,13 +147,18 @@ def _read_json(folder: str, name: str) -> dict[str, Any]:
         return {}
     if os.path.getsize(path) > _JSON_LIMIT:
         raise FormatError(f"{path}: larger than {_JSON_LIMIT} bytes")
+    with open(path, "rb") as file:
+        return _object(file.read(), path)
+
+
+def _object(raw: bytes, where: str) -> dict[str, Any]:
+    """Return a JSON object."""
     try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
+        value = json.loads(raw.decode())
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not valid JSON: {error}") from None
+        raise FormatError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise FormatError(f"{path}: got {type(value).__name__}, expected an object")
+        raise FormatError(f"{where}: got {type(value).__name__}, expected an object")
     return value
 
 

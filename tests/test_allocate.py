@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.allocate import allocate, distortion, solve
+from qjax.allocate import allocate
+from qjax.budget import solve
 from qjax.errors import SpecError
 from qjax.evaluate import evaluate
 from qjax.methods import HQQ, RTN
+from qjax.sensitivity import distortion
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,14 @@
 """What enters each layer of an NNX module, and statistics of it.
 
 `capture` runs a module once and returns, beside its result, the inputs of every layer
-with a kernel in the form the kernel is quantized for, `[tokens, in]`. It works inside
-`jit`; layers need no preparation and are not changed. `calibrate` sums `Statistics`
-over batches and feeds `quantize_module(..., statistics=)`.
+with a kernel in the form the kernel is quantized for, `[tokens, in]`, or
+`[*batch, tokens, in]` where an einsum multiplies by one matrix per batch index, such as
+one per expert. It works inside `jit`; layers need no preparation and are not changed.
+`calibrate` sums `Statistics` over batches and feeds `quantize_module(...,
+statistics=)`.
 
 Refuses layers that run inside a scan of the module's own, whose inputs cannot leave it;
-convolutions, embeddings and einsums with batched kernels are passed over.
+convolutions and embeddings are passed over.
 """
 
 import contextlib
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -30,13 +33,17 @@ class Seen(NamedTuple):
 
     Attributes:
       path: dotted path of the layer's weight, such as `attn.q.kernel`.
-      x: the input as `[*tokens, in]`.
-      source: number of the array that entered; layers that share it share statistics.
+      x: the input as `[*batch, *tokens, in]`.
+      source: number of the array that entered, and of how it is read; layers that
+        share it share statistics.
+      batch: how many leading axes of `x` are the kernel's, each index of them with a
+        matrix of its own.
     """
 
     path: str
     x: Float[Array, "*tokens in"]
     source: int
+    batch: int = 0
 
 
 class _Tap(nnx.Module):
@@ -47,8 +54,31 @@ class _Tap(nnx.Module):
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         x = self.notes.given.get(f"{self.path}.kernel", x)
-        self.notes.add(self.path, x, _as_matrix(self.inner, x))
+        self.notes.add(self.path, x, _Layout.of(self.inner, x.ndim))
         return self.inner(x, *args, **kwargs)
+
+
+class _Layout(NamedTuple):
+    """How a layer reads its input: `[*batch, *tokens, *contracted]` by these axes."""
+
+    batch: tuple[int, ...]
+    tokens: tuple[int, ...]
+    contracted: tuple[int, ...]
+
+    @classmethod
+    def of(cls, node: Any, ndim: int) -> "_Layout":
+        equation = _equation(node)
+        if equation is None:
+            return cls((), tuple(range(ndim - 1)), (ndim - 1,))
+        full = equation.expand(ndim)
+        free = [c for c in full.x if c not in full.kernel]
+        kinds = (full.batch, free, full.contracted)
+        return cls(*(tuple(full.x.index(c) for c in kind) for kind in kinds))
+
+    def matrix(self, x: Any) -> Any:
+        """The input with its contracted axes last and flat."""
+        x = jnp.transpose(x, (*self.batch, *self.tokens, *self.contracted))
+        return x.reshape(*x.shape[: len(self.batch) + len(self.tokens)], -1)
 
 
 class _Notes:
@@ -57,14 +87,17 @@ class _Notes:
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.given = given
         self.seen: list[Seen] = []
-        self._sources: list[Any] = []  # kept alive, so that identities stay unique
+        # Kept alive, so that identities stay unique.
+        self._sources: list[tuple[Any, _Layout]] = []
 
-    def add(self, path: str, raw: Any, x: Any) -> None:
-        found = next((i for i, s in enumerate(self._sources) if s is raw), None)
+    def add(self, path: str, raw: Any, layout: _Layout) -> None:
+        known = enumerate(self._sources)
+        found = next((i for i, (x, how) in known if x is raw and how == layout), None)
         if found is None:
             found = len(self._sources)
-            self._sources.append(raw)
-        self.seen.append(Seen(f"{path}.kernel", x, found))
+            self._sources.append((raw, layout))
+        x, batch = layout.matrix(raw), len(layout.batch)
+        self.seen.append(Seen(f"{path}.kernel", x, found, batch))
 
 
 def capture(
@@ -91,7 +124,8 @@ def capture(
 
     def tap(parts: tuple[Any, ...], node: Any) -> Any:
         wanted = isinstance(node, (QLinear, QEinsum)) or type(node) in _FLAX
-        return _Tap(node, dotted(parts), notes) if wanted and _plain(node) else node
+        wanted = wanted and not isinstance(_equation(node), UnsupportedError)
+        return _Tap(node, dotted(parts), notes) if wanted else node
 
     tapped = nnx.recursive_map(tap, nnx.clone(module))
     out = tapped(*args, **kwargs) if call is None else call(tapped, *args, **kwargs)
@@ -103,25 +137,6 @@ _FLAX = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
 
 def _equation(node: Any) -> Any:
     return getattr(node, "equation", None) or equation_of(node)
-
-
-def _plain(node: Any) -> bool:
-    """Whether a layer multiplies by one matrix."""
-    equation = _equation(node)
-    return equation is None or not (
-        isinstance(equation, UnsupportedError) or equation.batch
-    )
-
-
-def _as_matrix(node: Any, x: Any) -> Any:
-    """The input with its contracted axes last and flat."""
-    equation = _equation(node)
-    if equation is None:
-        return x
-    full = equation.expand(x.ndim)
-    order = [c for c in full.x if c not in full.contracted]
-    x = jnp.transpose(x, [full.x.index(c) for c in (*order, *full.contracted)])
-    return x.reshape(*x.shape[: len(order)], -1)
 
 
 def calibrate(
@@ -143,6 +158,8 @@ def calibrate(
 
     Returns:
       Statistics by dotted path of the kernel. Layers that share an input share them.
+      Those of a batched kernel, such as one matrix per expert, have its batch axes in
+      front; rows of its input that are all zero fill up a dispatch and do not count.
 
     Raises:
       SpecError: there are no batches, or a field cannot be collected this way.
@@ -184,19 +201,27 @@ def calibrate(
 
 def add_input(total: dict[str, Statistics], one: Seen, *, hessian: bool) -> None:
     """Adds one input to the statistics of its layer."""
-    before = total.get(one.path)
+    before, lead = total.get(one.path), one.x.shape[: one.batch]
     if before is None:
-        before = Statistics.zeros(one.x.shape[-1], hessian=hessian)
-    total[one.path] = before.add(one.x)
+        zeros = Statistics.zeros(one.x.shape[-1], hessian=hessian)
+        before = jax.tree.map(lambda a: jnp.zeros((*lead, *a.shape), a.dtype), zeros)
+    add: Any = Statistics.add if not lead else _add_filled
+    for _ in lead:
+        add = jax.vmap(add)
+    total[one.path] = add(before, one.x)
+
+
+def _add_filled(before: Statistics, x: Any) -> Statistics:
+    """Adds the rows that are not all zero."""
+    return before.add(x, weight=jnp.any(x != 0, axis=-1).astype(jnp.float32))
 
 
 def _leaders(seen: list[Seen]) -> dict[str, str]:
     """For each path, the first path with the same inputs in all its calls."""
-    sources: dict[str, tuple[Any, ...]] = {}
+    sources: dict[str, tuple[int, ...]] = {}
     for one in seen:
-        key = (one.source, one.x.shape[-1])
-        sources[one.path] = (*sources.get(one.path, ()), key)
-    first: dict[tuple[Any, ...], str] = {}
+        sources[one.path] = (*sources.get(one.path, ()), one.source)
+    first: dict[tuple[int, ...], str] = {}
     return {path: first.setdefault(key, path) for path, key in sources.items()}
 
 
@@ -211,10 +236,13 @@ def groups(seen: list[Seen]) -> tuple[tuple[str, ...], ...]:
 def check_inputs(total: Mapping[str, Statistics], where: str = "") -> None:
     """Raises NonFiniteError when inputs were NaN or infinite; names the layer."""
     for path, one in total.items():
-        if not bool(jnp.isfinite(jnp.sum(one.total) + jnp.max(one.peak, initial=0.0))):
+        sums = jnp.sum(one.total, axis=-1) + jnp.max(one.peak, axis=-1, initial=0.0)
+        bad = np.argwhere(~np.isfinite(np.asarray(sums)))
+        if len(bad):
+            expert = str(bad[0].tolist()) if sums.ndim else ""
             raise NonFiniteError(
-                f"{where}{path}: its inputs on the calibration tokens are NaN or "
-                "infinite; expected finite activations. Check the weights of the "
+                f"{where}{path}{expert}: its inputs on the calibration tokens are NaN "
+                "or infinite; expected finite activations. Check the weights of the "
                 "layers before it, or calibrate in float32"
             )
 

@@ -7,33 +7,23 @@ An observer is a rule with three pure functions, each of which can be compiled:
     low, high = observer.range(state, bits=8)
     x_scale = static_scale(observer, state)        # for qjax.ops.matmul
 
-`MinMax`, `MovingAverage` and `MeanStd` keep a few numbers. `Percentile`, `MSE` and
-`Entropy` keep a histogram of `|x|` whose range `[0, 2**e)` doubles until a batch fits:
-pairs of bins are merged, which is exact. They give symmetric ranges. Values that are
-not finite, and tokens of weight 0, are not seen.
-
-Counts are float32: a bin of more than `2**24` values is exact to about one part in
-`10**7`.
+Those here, `MinMax`, `MovingAverage` and `MeanStd`, keep a few numbers; those of
+`qjax.calibration.histograms` keep a histogram. Values that are not finite, and tokens
+of weight 0, are not seen.
 
 Reference: Krishnamoorthi, Quantizing deep convolutional networks for efficient
-inference, arXiv 1806.08342; Migacz, 8-bit Inference with TensorRT, GTC 2017 (entropy);
-Choukroun et al., arXiv 1902.06822 (MSE).
+inference, arXiv 1806.08342.
 """
 
 import abc
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from qjax.errors import SpecError
 from qjax.wrappers import ACTIVATIONS
-
-LOWEST_EXPONENT = -120
-EPSILON = 1e-4
-"""What `Entropy` takes for the probability of a bin that the rounded one lacks."""
 
 
 class Observer(abc.ABC):
@@ -97,7 +87,9 @@ def static_scale(
     return jnp.where(top > 0, top / ACTIVATIONS[activation], 1.0).astype(jnp.float32)
 
 
-def _seen(x, weight):
+def seen(
+    x: Float[Array, "*tokens features"], weight: Float[Array, "*tokens"] | None
+) -> tuple[Float[Array, "*tokens features"], Bool[Array, "*tokens features"]]:
     """Values in float32, and which of them count."""
     x = x.astype(jnp.float32)
     counts = jnp.isfinite(x)
@@ -130,7 +122,7 @@ class MinMax(Observer):
 
     def update(self, state: Extremes, x, weight=None) -> Extremes:
         """See `Observer.update`."""
-        low, high = _extremes(*_seen(x, weight))
+        low, high = _extremes(*seen(x, weight))
         return Extremes(jnp.minimum(state.low, low), jnp.maximum(state.high, high))
 
     def range(self, state: Extremes, bits: int = 8):
@@ -156,7 +148,7 @@ class MovingAverage(MinMax):
 
     def update(self, state: Extremes, x, weight=None) -> Extremes:
         """See `Observer.update`."""
-        new = Extremes(*_extremes(*_seen(x, weight)))
+        new = Extremes(*_extremes(*seen(x, weight)))
 
         def mix(old, batch):
             mixed = jnp.where(jnp.isfinite(old), old + self.rate * (batch - old), batch)
@@ -195,7 +187,7 @@ class MeanStd(Observer):
 
     def update(self, state: Moments, x, weight=None) -> Moments:
         """See `Observer.update`; nothing large cancels."""
-        x, counts = _seen(x, weight)
+        x, counts = seen(x, weight)
         count = jnp.sum(counts.astype(jnp.float32))
         mean = jnp.sum(x) / jnp.maximum(count, 1.0)
         spread = jnp.sum(jnp.where(counts, jnp.square(x - mean), 0.0))
@@ -215,181 +207,3 @@ class MeanStd(Observer):
         half = self.stds * jnp.sqrt(state.spread / jnp.maximum(state.count, 1.0))
         mean = state.mean
         return jnp.maximum(low, mean - half), jnp.minimum(high, mean + half)
-
-
-class Histogram(NamedTuple):
-    """Counts of `|x|` in equal bins over `[0, 2**exponent)`, and the largest `|x|`."""
-
-    counts: Float[Array, " bins"]
-    exponent: Int[Array, ""]
-    peak: Float[Array, ""]
-
-
-@dataclasses.dataclass(frozen=True)
-class HistogramObserver(Observer):
-    """Base of rules that choose from a histogram of `|x|`.
-
-    Attributes:
-      bins: number of bins, a power of two of at least 256.
-    """
-
-    bins: int = dataclasses.field(default=2048, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if type(self.bins) is not int or self.bins < 256 or self.bins & (self.bins - 1):
-            raise SpecError(
-                f"{type(self).__name__}: bins is {self.bins!r}, expected a power of "
-                "two of at least 256"
-            )
-
-    def init(self) -> Histogram:
-        """See `Observer.init`."""
-        counts = jnp.zeros((self.bins,), jnp.float32)
-        return Histogram(counts, jnp.int32(LOWEST_EXPONENT), jnp.float32(0))
-
-    def update(self, state: Histogram, x, weight=None) -> Histogram:
-        """See `Observer.update`; `2**exponent` is always above the peak."""
-        x, counts = _seen(x, weight)
-        size = jnp.abs(x)
-        peak = jnp.maximum(state.peak, jnp.max(size, initial=0.0))
-        exponent = jnp.maximum(jnp.frexp(peak)[1].astype(jnp.int32), state.exponent)
-        shift = jnp.minimum(exponent - state.exponent, 31)
-        merged = jnp.arange(self.bins, dtype=jnp.int32) >> shift
-        old = jnp.zeros_like(state.counts).at[merged].add(state.counts)
-        places = jnp.ldexp(size, self.bins.bit_length() - 1 - exponent)
-        places = jnp.clip(places.astype(jnp.int32), 0, self.bins - 1)
-        new = (
-            jnp.zeros_like(old)
-            .at[places.reshape(-1)]
-            .add(counts.reshape(-1).astype(jnp.float32))
-        )
-        return Histogram(old + new, exponent, peak)
-
-    def range(self, state: Histogram, bits: int = 8):
-        """See `Observer.range`."""
-        width = jnp.ldexp(jnp.float32(1.0 / self.bins), state.exponent)
-        high = jnp.minimum(self.threshold(state, width, bits), state.peak)
-        return -high, high
-
-    @abc.abstractmethod
-    def threshold(
-        self, state: Histogram, width: Float[Array, ""], bits: int
-    ) -> Float[Array, ""]:
-        """Where to clip `|x|`.
-
-        Args:
-          state: the histogram.
-          width: of a bin.
-          bits: width of the codes.
-        """
-
-
-@dataclasses.dataclass(frozen=True)
-class Percentile(HistogramObserver):
-    """The upper edge of the bin that holds a percentile of `|x|`.
-
-    Attributes:
-      percentile: in (50, 100].
-    """
-
-    percentile: float = 99.99
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 50 < self.percentile <= 100:
-            raise SpecError(
-                f"Percentile: percentile is {self.percentile}, expected (50, 100]"
-            )
-
-    def threshold(self, state, width, bits):
-        """See `HistogramObserver.threshold`."""
-        del bits
-        below = jnp.cumsum(state.counts)
-        wanted = below[-1] * jnp.float32(self.percentile / 100)
-        first = jnp.argmax(below >= wanted).astype(jnp.float32)
-        return (first + 1.0) * width
-
-
-@dataclasses.dataclass(frozen=True)
-class MSE(HistogramObserver):
-    """The clip with the least squared error of rounding and clipping.
-
-    The candidates are `peak * k / grid`; values count as the centres of their bins.
-
-    Attributes:
-      grid: number of clips tried.
-    """
-
-    grid: int = 128
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if type(self.grid) is not int or self.grid < 2:
-            raise SpecError(f"MSE: grid is {self.grid!r}, expected an integer >= 2")
-
-    def threshold(self, state, width, bits):
-        """See `HistogramObserver.threshold`."""
-        levels = float(2 ** (bits - 1) - 1)
-        centres = (jnp.arange(self.bins, dtype=jnp.float32) + 0.5) * width
-        steps = jnp.arange(1, self.grid + 1, dtype=jnp.float32)
-        tops = state.peak * (steps / self.grid)
-
-        def error(top):
-            scale = jnp.where(top > 0, top / levels, 1.0)
-            codes = jnp.minimum(jnp.round(centres / scale), levels)
-            return jnp.sum(state.counts * jnp.square(codes * scale - centres))
-
-        return tops[jnp.argmin(jax.lax.map(error, tops))]
-
-
-@dataclasses.dataclass(frozen=True)
-class Entropy(HistogramObserver):
-    """The clip whose rounded distribution diverges least from the original one.
-
-    For each number of bins `i`, `P` is the histogram of the first `i` bins with what
-    lies beyond added to the last, and `Q` the first `i` bins merged into `2**(bits-1)`
-    levels and spread evenly over those of their bins that are not empty; the `i` with
-    the least `KL(P, Q)` is kept and the clip is in the middle of bin `i`.
-
-    Attributes:
-      stride: bins between candidates.
-    """
-
-    stride: int = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if type(self.stride) is not int or self.stride < 1:
-            raise SpecError(
-                f"Entropy: stride is {self.stride!r}, expected a positive integer"
-            )
-
-    def threshold(self, state, width, bits):
-        """See `HistogramObserver.threshold`."""
-        levels = 2 ** (bits - 1)
-        if levels > self.bins:
-            raise SpecError(
-                f"Entropy: {bits} bits have {levels} levels, more than {self.bins} "
-                "bins; use more bins"
-            )
-        ends = jnp.arange(levels, self.bins + 1, self.stride, dtype=jnp.int32)
-        bins = jnp.arange(self.bins, dtype=jnp.int32)
-        total = jnp.maximum(jnp.sum(state.counts), 1.0)
-
-        def divergence(end):
-            inside = jnp.where(bins < end, state.counts, 0.0)
-            beyond = jnp.sum(state.counts) - jnp.sum(inside)
-            p = inside.at[end - 1].add(jnp.maximum(beyond, 0.0)) / total
-            level = jnp.minimum(bins * levels // end, levels - 1)
-            some = (inside > 0).astype(jnp.float32)
-            empty = jnp.zeros((levels,), jnp.float32)
-            held = empty.at[level].add(inside) / jnp.maximum(
-                empty.at[level].add(some), 1.0
-            )
-            q = held[level] * some
-            q = jnp.maximum(q / jnp.maximum(jnp.sum(q), 1.0), EPSILON / total)
-            terms = p * (jnp.log(jnp.maximum(p, 1e-30)) - jnp.log(q))
-            return jnp.sum(jnp.where(p > 0, terms, 0.0))
-
-        best = ends[jnp.argmin(jax.lax.map(divergence, ends))]
-        return (best.astype(jnp.float32) + 0.5) * width

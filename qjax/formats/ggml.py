@@ -196,8 +196,8 @@ class Ggml(Format):
 
     @property
     def name(self) -> str:
-        """The type's name."""
-        return self.type
+        """The type's name after `ggml-`, for MXFP4 and NVFP4 are other formats, too."""
+        return f"ggml-{self.type}"
 
     @property
     def peak(self) -> float:

@@ -17,9 +17,10 @@ from jaxtyping import Array
 import qjax.pallas_kernels.device as device
 from qjax.additive import AdditiveTensor
 from qjax.errors import NonFiniteError, SpecError
-from qjax.formats import Additive, Format, Int, KMeans, Trellis
+from qjax.formats import Additive, Format, Ggml, Int, KMeans, Trellis
 from qjax.formats.base import check_choice
 from qjax.formats.trellis import TILE
+from qjax.ggml import GgmlTensor
 from qjax.methods.base import Method
 from qjax.methods.rtn import RTN
 from qjax.methods.statistics import Statistics
@@ -55,7 +56,8 @@ def quantize(
     Args:
       w: float array, NumPy or JAX, rank >= 2. Leading axes are batched.
       fmt: the number format.
-      method: how codes are chosen; default `RTN()`, for a trellis `TrellisLDLQ()`.
+      method: how codes are chosen; default `RTN()`, for a trellis `TrellisLDLQ()`, for
+        llama.cpp's blocks `GGML()`.
       axis: the contraction axis, -2 (kernels) or -1. With -1 (embedding tables
         `[vocab, dim]`, torch weights `[out, in]`) the result is `Transposed`.
       importance: non-negative error weights broadcastable to `w`.
@@ -113,7 +115,7 @@ def quantize(
         q = _quantize(
             w,
             fmt,
-            method or (TrellisLDLQ() if isinstance(fmt, Trellis) else RTN()),
+            method or _usual(fmt),
             treatment,
             device.device_kind(),
             importance=importance,
@@ -123,6 +125,15 @@ def quantize(
         )
     q = with_dtype(q, "float32" if dtype == jnp.float64 else dtype.name)
     return Transposed(q) if axis == -1 else q
+
+
+def _usual(fmt: Format) -> Method:
+    """The method for a format where none is asked for."""
+    if isinstance(fmt, Ggml):
+        from qjax.methods.ggml import GGML
+
+        return GGML()
+    return TrellisLDLQ() if isinstance(fmt, Trellis) else RTN()
 
 
 def _compute_dtype(dtype):
@@ -185,6 +196,10 @@ def _empty(shape, fmt: Format) -> LayoutTensor:
         return TrellisTensor(jnp.zeros(words, jnp.uint16), one, fmt, matrix)
     if isinstance(fmt, Additive) or (isinstance(fmt, KMeans) and fmt.columnwise):
         return _empty_tables(shape, fmt)
+    if isinstance(fmt, Ggml):
+        blocks = fmt.grouping(matrix).scale_shape[0]
+        codes = (*lead, blocks * fmt.block.bytes, matrix[1])
+        return GgmlTensor(jnp.zeros(codes, jnp.uint8), fmt, matrix)
     codes = fmt.encode(jnp.zeros(shape, jnp.float32))
     if not hasattr(fmt, "scale_dtype"):
         return assemble(fmt, codes, None, matrix)

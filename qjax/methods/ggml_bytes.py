@@ -12,12 +12,12 @@ from qjax.formats.base import divided, rounded
 _HALF_MAX = 65504.0
 
 
-def groups(x: Float[Array, "e *blocks"], size: int) -> Float[Array, "n g *blocks"]:
+def groups(x: Float[Array, " e *blocks"], size: int) -> Float[Array, "n g *blocks"]:
     """Consecutive elements in groups of `size`, their elements on axis 0."""
     return jnp.moveaxis(x.reshape(-1, size, *x.shape[1:]), 1, 0)
 
 
-def ungrouped(x: Shaped[Array, "n g *blocks"]) -> Shaped[Array, "e *blocks"]:
+def ungrouped(x: Shaped[Array, "n g *blocks"]) -> Shaped[Array, " e *blocks"]:
     """Inverse of `groups`."""
     return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
@@ -27,15 +27,15 @@ def half(x: Float[Array, "*blocks"]) -> Float[Array, "*blocks"]:
     return jnp.clip(x, -_HALF_MAX, _HALF_MAX).astype(jnp.float16).astype(jnp.float32)
 
 
-def half_bytes(x: Float[Array, "*blocks"]) -> UInt8[Array, "two *blocks"]:
+def half_bytes(x: Float[Array, "*blocks"]) -> UInt8[Array, " two *blocks"]:
     """The two bytes of numbers that `half` returned."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float16), jnp.uint16)
     return jnp.stack([bits.astype(jnp.uint8), (bits >> 8).astype(jnp.uint8)])
 
 
 def joined(
-    codes: Shaped[Array, "e *blocks"], bits: int, run: int = 1
-) -> UInt8[Array, "b *blocks"]:
+    codes: Shaped[Array, " e *blocks"], bits: int, run: int = 1
+) -> UInt8[Array, " b *blocks"]:
     """Codes joined to bytes, the first in the lowest bits.
 
     Args:
@@ -57,7 +57,7 @@ def bits_of(codes: Float[Array, "..."], shift: int, mask: int) -> UInt8[Array, "
     return (codes.astype(jnp.uint8) >> jnp.uint8(shift)) & jnp.uint8(mask)
 
 
-def stacked(*parts: Shaped[Array, "n *blocks"]) -> UInt8[Array, "b *blocks"]:
+def stacked(*parts: Shaped[Array, " n *blocks"]) -> UInt8[Array, " b *blocks"]:
     """Fields of a block, one after the other."""
     return jnp.concatenate([p.astype(jnp.uint8) for p in parts])
 
@@ -70,12 +70,12 @@ def half_away(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def requantized(
-    x: Float[Array, "n *groups"],
+    x: Float[Array, " n *groups"],
     step: Float[Array, "*groups"],
-    old: Float[Array, "n *groups"],
+    old: Float[Array, " n *groups"],
     low: int,
     high: int,
-) -> Float[Array, "n *groups"]:
+) -> Float[Array, " n *groups"]:
     """Codes of `x` for steps as stored; where a step is 0 the old codes.
 
     Args:

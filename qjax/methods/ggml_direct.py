@@ -18,10 +18,10 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from qjax.formats.base import divided
 from qjax.methods.ggml_bytes import groups, half, half_away, half_bytes, joined, stacked
-from qjax.methods.ggml_search import inverse, total
+from qjax.methods.ggml_exact import inverse, total
 
-Blocks = Float[Array, "e *blocks"]
-Bytes = UInt8[Array, "b *blocks"]
+Blocks = Float[Array, " e *blocks"]
+Bytes = UInt8[Array, " b *blocks"]
 _FP4_BOUNDS = (0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0)  # between the doubled values
 
 

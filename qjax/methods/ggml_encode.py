@@ -5,9 +5,8 @@ other, so that temporaries stay small (and, on a CPU, in its caches) whatever th
 of the matrix.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from qjax.methods import ggml_iq1 as iq1
 from qjax.methods import ggml_iq4 as iq4
 from qjax.methods import ggml_k as k
 from qjax.methods import ggml_legacy as legacy
-from qjax.methods.ggml_search import power_of_two, total
+from qjax.methods.ggml_exact import power_of_two, total
 
 
 class Encoder(NamedTuple):
@@ -33,7 +32,7 @@ class Encoder(NamedTuple):
       needy: there is no encoding without an imatrix.
     """
 
-    run: Callable[..., UInt8[Array, "b *blocks"]]
+    run: Callable[..., UInt8[Array, " b *blocks"]]
     elements: int
     row: bool = False
     needy: bool = False

@@ -5,8 +5,8 @@ Encoders take blocks `x [256, *blocks]` and the imatrix's values of their inputs
 group is rounded for a number of scales, the least-squares fit that explains most wins,
 and points that were not in the grid are chosen once more for its scale.
 
-Where a block of IQ3_S has a group of zeros only, llama.cpp (as of August 2026) writes
-the groups that follow to wrong places; here they are where decoders look for them.
+Where a block of IQ3_S has a group of zeros only, llama.cpp (ggml 0.25.1) writes the
+groups that follow to wrong places; here they are where decoders look for them.
 
 Reference: ggml `src/ggml-quants.c` (MIT): `quantize_row_iq2_*_impl`,
 `quantize_row_iq3_*_impl`.
@@ -22,19 +22,20 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from qjax.formats.base import divided, rounded
 from qjax.methods.ggml_books import Book
-from qjax.methods.ggml_bytes import bits_of, groups, half, half_bytes, joined, stacked
-from qjax.methods.ggml_search import (
-    TINY,
-    best_of,
-    inverse,
-    positive,
-    ratio,
-    total,
+from qjax.methods.ggml_bytes import (
+    groups,
+    half,
+    half_bytes,
+    joined,
+    stacked,
+    ungrouped,
 )
+from qjax.methods.ggml_exact import best_of, inverse, ratio, total
+from qjax.methods.ggml_search import TINY, error_weights, odd_codes, positive
 
-Blocks = Float[Array, "e *blocks"]
+Blocks = Float[Array, " e *blocks"]
 Importance = Float[Array, "e ..."] | None
-Bytes = UInt8[Array, "b *blocks"]
+Bytes = UInt8[Array, " b *blocks"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +70,17 @@ class _Kind:
 
 
 class _Groups(NamedTuple):
-    """Groups as they are stored: indices `[points, g, ...]`, signs `[size / 8, g, ...]`
-    and scales `[g, ...]`."""
+    """Groups as they are stored.
+
+    Attributes:
+      index: of points.
+      signs: a byte for 8 weights.
+      scale: of groups.
+    """
 
     index: Int[Array, "p g *blocks"]
     signs: Int[Array, "s g *blocks"]
-    scale: Float[Array, "g *blocks"]
+    scale: Float[Array, " g *blocks"]
 
 
 _XXS2 = _Kind(Book("iq2_xxs", 2), 32, 1.0, 6, 0.1, even=True, tiny=TINY, again="all")
@@ -86,18 +92,17 @@ _S3 = _Kind(Book("iq3_s", 3), 32, 2.0, 9, 0.2, even=False, tiny=0.0, again="any"
 
 def iq2_xxs(x: Blocks, importance: Importance) -> Bytes:
     """Points of 8, seven signs each, 4-bit scales of 32."""
-    found = _search(x, _weights(x, importance, _XXS2), _XXS2)
+    found = _search(x, error_weights(x, importance, _XXS2.share), _XXS2)
     step, scales = _scales(found.scale, 1.0)
     rest = _word_bytes(_signs_and_scale(found.signs, scales), 4)
-    return stacked(step, _in_order(stacked(found.index, rest)))
+    return stacked(step, ungrouped(stacked(found.index, rest)))
 
 
 def iq2_xs(x: Blocks, importance: Importance) -> Bytes:
     """Points of 8, seven signs each, 4-bit scales of 16."""
-    found = _search(x, _weights(x, importance, _XS2), _XS2)
+    found = _search(x, error_weights(x, importance, _XS2.share), _XS2)
     step, scales = _scales(found.scale, 1.0)
-    pairs = _in_order(found.index | found.signs << 9)
-    pairs = jnp.moveaxis(_word_bytes(pairs, 2), 0, 1).reshape(-1, *pairs.shape[1:])
+    pairs = ungrouped(_word_bytes(ungrouped(found.index | found.signs << 9), 2))
     return stacked(step, pairs, joined(scales, 4))
 
 
@@ -107,35 +112,27 @@ def iq2_s(x: Blocks, importance: Importance) -> Bytes:
         mean = total(lambda a: a * a, x) * (2.0 / x.shape[0])
         weight = 0.25 * mean + rounded(x * x)
     else:
-        weight = _weights(x, importance, _S2)
+        weight = error_weights(x, importance, _S2.share)
     found = _search(x, weight, _S2)
     step, scales = _scales(found.scale, 0.9875)
-    index, signs = _in_order(found.index), _in_order(found.signs)
+    index, signs = ungrouped(found.index), ungrouped(found.signs)
     return stacked(step, index, signs, joined(index >> 8, 2), joined(scales, 4))
 
 
 def iq3_xxs(x: Blocks, importance: Importance) -> Bytes:
     """Points of 4, seven signs per 8, 4-bit scales of 32."""
-    found = _search(x, _weights(x, importance, _XXS3), _XXS3)
+    found = _search(x, error_weights(x, importance, _XXS3.share), _XXS3)
     step, scales = _scales(found.scale, 1.0125)
-    rest = _in_order(_word_bytes(_signs_and_scale(found.signs, scales), 4))
-    return stacked(step, _in_order(found.index), rest)
+    rest = ungrouped(_word_bytes(_signs_and_scale(found.signs, scales), 4))
+    return stacked(step, ungrouped(found.index), rest)
 
 
 def iq3_s(x: Blocks, importance: Importance) -> Bytes:
     """Points of 4, a sign per weight, 4-bit scales of 32."""
-    found = _search(x, _weights(x, importance, _S3), _S3)
+    found = _search(x, error_weights(x, importance, _S3.share), _S3)
     step, scales = _scales(found.scale, 1.033)
-    index, signs = _in_order(found.index), _in_order(found.signs)
+    index, signs = ungrouped(found.index), ungrouped(found.signs)
     return stacked(step, index, joined(index >> 8, 1), signs, joined(scales, 4))
-
-
-def _weights(x, importance, kind: _Kind):
-    square = rounded(x * x)
-    if importance is None:
-        return square
-    mean = total(lambda a: a * a, x) * (kind.share / x.shape[0])
-    return importance * jnp.sqrt(mean + square)
 
 
 def _search(x, weight, kind: _Kind) -> _Groups:
@@ -165,8 +162,7 @@ def _magnitudes(x, weight, *, even: bool):
     Where the number of minuses must be even, the weight that matters least changes its
     sign if need be: its magnitude is negative.
     """
-    eights = (-1, 8, *x.shape[1:])
-    parts, w = (jnp.moveaxis(a.reshape(eights), 1, 0) for a in (x, weight))
+    parts, w = groups(x, 8), groups(weight, 8)
     minus, size = parts < 0, jnp.abs(parts)
     place = jnp.arange(8).reshape(8, *[1] * (parts.ndim - 1))
     if even:
@@ -177,26 +173,23 @@ def _magnitudes(x, weight, *, even: bool):
         flip = odd & (place == least)
         minus, size = minus ^ flip, jnp.where(flip, -size, size)
     signs = jnp.sum(minus.astype(jnp.int32) << place, axis=0)
-    return signs & (127 if even else 255), jnp.moveaxis(size, 0, 1).reshape(x.shape)
+    return signs & (127 if even else 255), ungrouped(size)
 
 
 def _points(x, weight, largest, kind: _Kind):
     """The points of the best scale, and the scale."""
     book = kind.book
-    parts, root = (_by_point(a, book.dims) for a in (x, jnp.sqrt(weight)))
-    odd = 2.0 * jnp.arange(book.levels, dtype=jnp.float32) + 1.0
-    odd = odd.reshape(-1, *[1] * (parts.ndim - 1))
+    parts, root = (groups(a, book.dims) for a in (x, jnp.sqrt(weight)))
 
     def project(inv, scale):
         """Points for a scale, and which were in the grid."""
         level = jnp.round(0.5 * (rounded(inv * parts) - 1.0))
         level = jnp.clip(level, 0, book.levels - 1)
-        return book.nearest(level, rounded(scale * odd), parts, root)
+        return book.nearest(level, scale, 1.0, 2.0, parts, root)
 
     def sums(index):
         """Of least squares for the values of points."""
-        value = 2.0 * book.coordinates(index) + 1.0
-        value = jnp.moveaxis(value, 0, 1).reshape(x.shape)
+        value = ungrouped(2.0 * book.coordinates(index) + 1.0)
         return total(lambda x, w, q: (w * x * q, w * q * q), x, weight, value)
 
     def step(best, value):
@@ -225,22 +218,10 @@ def _points(x, weight, largest, kind: _Kind):
     return index, jnp.where(refit, ratio(lx, l2), scale)
 
 
-def _by_point(x, dims: int):
-    """Elements `[n, ...]` as coordinates of points, `[dims, n / dims, ...]`."""
-    return jnp.moveaxis(x.reshape(-1, dims, *x.shape[1:]), 1, 0)
-
-
-def _in_order(x):
-    """Parts of groups `[p, g, ...]` in the order of a block, `[g * p, ...]`."""
-    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
-
-
 def _scales(scale, factor: float):
-    """Bytes of the step of a block's scales, and 4-bit codes: `step * (2 code + 1)`."""
-    top = jnp.max(scale, axis=0)
-    step = divided(top, jnp.full_like(top, 31.0))
-    codes = jnp.round(0.5 * (rounded(inverse(step) * scale) - 1.0))
-    return half_bytes(half(step * factor)), jnp.clip(codes, 0, 15)
+    """Bytes of the step of a block's scales, times `factor`, and their codes."""
+    step, codes = odd_codes(scale, 15)
+    return half_bytes(half(step * factor)), codes
 
 
 def _signs_and_scale(signs, scales):

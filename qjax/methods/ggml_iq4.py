@@ -6,11 +6,14 @@ Encoders take blocks `x [elements, *blocks]` and the imatrix's values of their i
 Reference: ggml `src/ggml-quants.c` (MIT): `quantize_row_iq4_nl_impl`.
 """
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from qjax.formats.base import divided, rounded
+from qjax.formats.base import divided
+from qjax.formats.ggml_iq import IQ4
 from qjax.methods.ggml_bytes import (
     bits_of,
     groups,
@@ -20,28 +23,19 @@ from qjax.methods.ggml_bytes import (
     stacked,
     ungrouped,
 )
-from qjax.methods.ggml_search import (
-    TINY,
-    best_of,
-    extreme,
-    inverse,
-    quotients,
-    ratio,
-    total,
-)
+from qjax.methods.ggml_exact import best_of, extreme, inverse, quotients, ratio, total
+from qjax.methods.ggml_search import TINY, error_weights
 
-Blocks = Float[Array, "e *blocks"]
+Blocks = Float[Array, " e *blocks"]
 Importance = Float[Array, "e ..."] | None
-Bytes = UInt8[Array, "b *blocks"]
-_TABLE = np.array(
-    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
-)
+Bytes = UInt8[Array, " b *blocks"]
+_TABLE = np.array(IQ4)
 _BOUNDS = (_TABLE[1:] + _TABLE[:-1]) / 2
 
 
 def iq4_nl(x: Blocks, importance: Importance) -> Bytes:
     """4 bits and a scale for 32."""
-    scale = _search(x, _weights(x, importance))
+    scale = _search(x, error_weights(x, importance))
     codes = _count(inverse(scale) * x, np.ones(15))
     return stacked(half_bytes(half(scale)), joined(codes, 4, 16))
 
@@ -49,7 +43,7 @@ def iq4_nl(x: Blocks, importance: Importance) -> Bytes:
 def iq4_xs(x: Blocks, importance: Importance) -> Bytes:
     """4 bits, and scales of 6 bits for 32."""
     grouped = groups(x, 32)
-    scales = _search(grouped, groups(_weights(x, importance), 32))
+    scales = _search(grouped, groups(error_weights(x, importance), 32))
     step = extreme(scales) / -32
     scales = jnp.clip(jnp.round(inverse(step) * scales), -32, 31)
     codes = _count(inverse(step * scales) * grouped, np.ones(15))
@@ -57,14 +51,6 @@ def iq4_xs(x: Blocks, importance: Importance) -> Bytes:
     high, low = joined(bits_of(scales, 4, 3), 2), joined(bits_of(scales, 0, 15), 4)
     codes = joined(ungrouped(codes), 4, 16)
     return stacked(half_bytes(half(step)), high, low, codes)
-
-
-def _weights(x, importance):
-    square = rounded(x * x)
-    if importance is None:
-        return square
-    mean = total(lambda a: a * a, x) * (2.0 / x.shape[0])
-    return importance * jnp.sqrt(mean + square)
 
 
 def _search(x, weight):
@@ -93,4 +79,5 @@ def _search(x, weight):
 def _count(x, steps: np.ndarray):
     """Sum of the steps at the bounds between table entries that `x` reaches."""
     pairs = zip(_BOUNDS, steps, strict=True)
-    return sum(jnp.where(x >= float(b), float(s), 0.0) for b, s in pairs)
+    parts = (jnp.where(x >= float(b), float(s), 0.0) for b, s in pairs)
+    return functools.reduce(jnp.add, parts)

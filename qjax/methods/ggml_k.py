@@ -2,7 +2,7 @@
 
 Encoders take blocks `x [256, *blocks]` and the imatrix's values of their inputs,
 `[256, ...]` broadcastable to them, or None; they return bytes `[bytes, *blocks]`. With
-an imatrix not only the weights of errors change: scales of groups are searched for, too.
+an imatrix not only the weights of errors change: block scales are searched for, too.
 
 Reference: ggml `src/ggml-quants.c` (MIT): `quantize_row_q*_K_ref`, `_impl`.
 """
@@ -21,21 +21,20 @@ from qjax.methods.ggml_bytes import (
     stacked,
     ungrouped,
 )
+from qjax.methods.ggml_exact import extreme, inverse, total
 from qjax.methods.ggml_search import (
     TINY,
     Grid,
     affine,
     by_sweeps,
-    extreme,
-    inverse,
+    error_weights,
     positive,
     symmetric,
-    total,
 )
 
-Blocks = Float[Array, "e *blocks"]
+Blocks = Float[Array, " e *blocks"]
 Importance = Float[Array, "e ..."] | None
-Bytes = UInt8[Array, "b *blocks"]
+Bytes = UInt8[Array, " b *blocks"]
 
 
 def q2_k(x: Blocks, importance: Importance) -> Bytes:
@@ -135,13 +134,12 @@ def _affine_blocks(x, importance, size: int, grid: Grid, levels: int):
 
 
 def _weights(x, importance, size: int, share: float):
-    """`importance * sqrt(share * mean(x^2) + x^2)` in groups, and their sums."""
-    square = total(lambda a: a * a, x) * (share / x.shape[0])
-    weight = groups(importance * jnp.sqrt(square + rounded(x * x)), size)
+    """Weights of errors in groups, and their sums."""
+    weight = groups(error_weights(x, importance, share), size)
     return weight, total(lambda w: w, weight)
 
 
-def _from_largest(x: Float[Array, "g *blocks"], levels: int):
+def _from_largest(x: Float[Array, " g *blocks"], levels: int):
     """Step that gives the largest value the highest code, and all codes."""
     top = jnp.max(x, axis=0)
     some = top > 0
@@ -151,7 +149,7 @@ def _from_largest(x: Float[Array, "g *blocks"], levels: int):
     return jnp.where(some, step, 0.0), jnp.where(some, codes, 0.0)
 
 
-def _from_extreme(x: Float[Array, "g *blocks"], levels: int):
+def _from_extreme(x: Float[Array, " g *blocks"], levels: int):
     """Step that gives the extreme value the code `-levels`, and all codes."""
     top = extreme(x)
     zero = top == 0

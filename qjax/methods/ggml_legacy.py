@@ -20,12 +20,13 @@ from qjax.methods.ggml_bytes import (
     joined,
     stacked,
 )
-from qjax.methods.ggml_search import Grid, affine, extreme, inverse, symmetric
+from qjax.methods.ggml_exact import extreme, inverse
+from qjax.methods.ggml_search import Grid, affine, symmetric
 
-Blocks = Float[Array, "e *blocks"]
+Blocks = Float[Array, " e *blocks"]
 Importance = Float[Array, "e ..."] | None
 Square = Float[Array, "..."] | None
-Bytes = UInt8[Array, "b *blocks"]
+Bytes = UInt8[Array, " b *blocks"]
 
 
 def q4_0(x: Blocks, importance: Importance, square: Square) -> Bytes:

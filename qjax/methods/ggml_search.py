@@ -2,16 +2,13 @@
 
 Arrays hold the elements of a group on axis 0: `x[n, *groups]`, and lanes of the last
 axis are groups, so that one vector instruction works on many. The searches follow the
-C code's arithmetic operation by operation: every product is rounded before it is added,
-sums run from the first element to the last, quotients are true quotients, and of equal
-candidates the first wins. Codes therefore equal llama.cpp's, which is built without
-fused multiply-add. Codes are held in float32.
+C code's arithmetic operation by operation (see `ggml_exact`), so codes equal those of a
+llama.cpp that is built without fused multiply-add. Codes are held in float32.
 
 Reference: ggml `src/ggml-quants.c` (MIT): `make_qx_quants`, `make_q3_quants`,
 `make_qkx2_quants`, `make_qkx3_quants`, `make_qp_quants`.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +17,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from qjax.formats.base import divided, rounded
+from qjax.methods.ggml_exact import (
+    best_of,
+    extreme,
+    inverse,
+    power_of_two,
+    quotients,
+    ratio,
+    total,
+)
 
 TINY = 1e-15  # groups whose largest magnitude is smaller are taken as zero
 
@@ -28,71 +34,43 @@ class Fit(NamedTuple):
     """What a search found: `x` is nearly `scale * codes - low`."""
 
     scale: Float[Array, "*groups"]
-    codes: Float[Array, "n *groups"]
+    codes: Float[Array, " n *groups"]
     low: Any = None
 
 
-def total(term: Callable[..., Any], *parts: Float[Array, "n ..."]) -> Any:
-    """Sums of `term(*elements)` over axis 0, each term rounded, left to right.
-
-    `jnp.sum` adds in an order of its own, and products fuse with additions.
-
-    Args:
-      term: gives an array or a tree of arrays for the elements of one index.
-      parts: arrays with the elements on axis 0.
-    """
-
-    def add(sums, elements):
-        terms = term(*elements)
-        return jax.tree.map(lambda s, t: s + rounded(t), sums, terms), None
-
-    first = jax.eval_shape(lambda: term(*(part[0] for part in parts)))
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first)
-    return jax.lax.scan(add, zeros, parts)[0]
-
-
-def best_of(better: Callable[..., Any], candidates: Any) -> Any:
-    """The candidate (axis 0 of every leaf) that no later one is `better` than.
+def error_weights(
+    x: Float[Array, " e *groups"],
+    importance: Float[Array, "e ..."] | None,
+    share: float = 2.0,
+) -> Float[Array, " e *groups"]:
+    """`importance * sqrt(share * mean(x^2) + x^2)`, or `x^2` without an imatrix.
 
     Args:
-      better: `better(new, best)`, a mask.
-      candidates: tree of arrays `[c, *groups]`.
+      x: whole blocks, which the mean is over.
+      importance: the imatrix's values, broadcastable to `x`.
+      share: of the mean square.
     """
-
-    def step(best, new):
-        mask = better(new, best)
-        return jax.tree.map(lambda n, b: jnp.where(mask, n, b), new, best), None
-
-    first, rest = (
-        jax.tree.map(lambda a, s=s: a[s], candidates) for s in (0, slice(1, None))
-    )
-    return jax.lax.scan(step, first, rest)[0]
+    square = rounded(x * x)
+    if importance is None:
+        return square
+    mean = total(lambda a: a * a, x) * (share / x.shape[0])
+    return importance * jnp.sqrt(mean + square)
 
 
-def inverse(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`1 / x`, where `x` is itself a quotient that XLA would turn over; 0 for 0."""
-    zero = x == 0
-    return jnp.where(zero, 0.0, 1.0 / jnp.where(zero, 1.0, rounded(x)))
+def odd_codes(scale: Float[Array, " g *groups"], levels: int):
+    """Codes of a block's scales, `step * (2 code + 1)` up to `code = levels`.
 
-
-def ratio(top: Float[Array, "..."], bottom: Float[Array, "..."]) -> Array:
-    """`top / bottom`, 0 where `bottom` is not positive."""
-    sound = bottom > 0
-    return jnp.where(sound, divided(top, jnp.where(sound, bottom, 1.0)), 0.0)
-
-
-def extreme(x: Float[Array, "n *groups"]) -> Float[Array, "*groups"]:
-    """The element of largest magnitude with its sign, the first of equals."""
-    return best_of(lambda new, best: jnp.abs(new) > jnp.abs(best), x)
-
-
-def quotients(values: np.ndarray, divisor: Array) -> Float[Array, "c *groups"]:
-    """Constants divided by an array; as a broadcast XLA would use its reciprocal."""
-    return jax.lax.map(lambda value: value / divisor, jnp.asarray(values, jnp.float32))
+    Returns:
+      The step and the codes.
+    """
+    top = jnp.max(scale, axis=0)
+    step = divided(top, jnp.full_like(top, 2 * levels + 1))
+    codes = jnp.round(0.5 * (rounded(inverse(step) * scale) - 1.0))
+    return step, jnp.clip(codes, 0, levels)
 
 
 def symmetric(
-    x: Float[Array, "n *groups"], weight: Float[Array, "n *groups"], levels: int
+    x: Float[Array, " n *groups"], weight: Float[Array, " n *groups"], levels: int
 ) -> Fit:
     """`make_qx_quants`: codes 0 to `2 levels - 1`, `x = scale * (code - levels)`.
 
@@ -131,7 +109,7 @@ def symmetric(
     )
 
 
-def by_sweeps(x: Float[Array, "n *groups"], levels: int) -> Fit:
+def by_sweeps(x: Float[Array, " n *groups"], levels: int) -> Fit:
     """`make_q3_quants`: as `symmetric` with weights `x^2`, refined element by element.
 
     Args:
@@ -150,12 +128,6 @@ def by_sweeps(x: Float[Array, "n *groups"], levels: int) -> Fit:
         jnp.where(zero, 0.0, ratio(lx, l2) * unit),
         jnp.where(zero, 0.0, codes + levels),
     )
-
-
-def power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The largest power of two not above the magnitude of normal numbers."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7F800000)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _sweeps(x, weight, codes, low: int, high: int, *, wrap: bool = False):
@@ -194,7 +166,7 @@ def _sweeps(x, weight, codes, low: int, high: int, *, wrap: bool = False):
         return (state[0] < 5) & state[1]
 
     sums = total(lambda x, w, c: (w * x * c, w * c * c), x, weight, codes)
-    state = (0, jnp.bool_(True), kept(codes), sums)  # noqa: FBT003
+    state = (0, jnp.bool_(True), kept(codes), sums)
     _, _, codes, (lx, l2) = jax.lax.while_loop(unfinished, round_, state)
     return codes, lx, l2
 
@@ -215,7 +187,7 @@ class Grid(NamedTuple):
 
 
 def affine(
-    x: Float[Array, "n *groups"], weight: Float[Array, "n *groups"], grid: Grid
+    x: Float[Array, " n *groups"], weight: Float[Array, " n *groups"], grid: Grid
 ) -> Fit:
     """`make_qkx2_quants` and `make_qkx3_quants`: `x = scale * code - low`, `low >= 0`.
 
@@ -284,8 +256,8 @@ def _least_squares(codes, x, weight, weight_sums):
 
 
 def positive(
-    x: Float[Array, "n *groups"],
-    weight: Float[Array, "n *groups"],
+    x: Float[Array, " n *groups"],
+    weight: Float[Array, " n *groups"],
     levels: int,
     *,
     wrap: bool = False,

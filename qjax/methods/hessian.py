@@ -244,6 +244,22 @@ def check_curvature(shared: Curvature, name: str) -> int:
     return retries
 
 
+def damping_raised(shared: Any, name: str) -> int:
+    """`check_curvature` of whatever a method's `prepare` returned; 0 without one."""
+    parts = jax.tree.leaves(shared, is_leaf=lambda x: isinstance(x, Curvature))
+    found = [check_curvature(p, name) for p in parts if isinstance(p, Curvature)]
+    return max(found, default=0)
+
+
+def singular(name: str, method: str) -> str:
+    """The message for a weight that a method made NaN."""
+    return (
+        f"{name}: {method} gave weights that are NaN or infinite; expected finite "
+        "ones. Its Hessian may be singular: give more calibration text, raise damp=, "
+        "or take another method for this tensor"
+    )
+
+
 def _normalized(r, block: int):
     """The unit upper factor `M` of `R R^T = M D M^T`."""
     if block == 1:

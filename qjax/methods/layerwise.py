@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from jaxtyping import Int as IntArray
 
 from qjax.errors import SpecError
-from qjax.formats import Cast, Format, Trellis
+from qjax.formats import Cast, Format, Ggml, Trellis
 from qjax.formats.codebook import Dynamic8
 from qjax.methods.feedback import SLICE, levels, run_slice
 from qjax.methods.hessian import Curvature
@@ -40,8 +40,9 @@ def check_format(where: str, fmt: Format, w: Any) -> None:
             f"{where}: takes one matrix [in, out], got shape {list(w.shape)}; "
             "quantize the matrices of a stack one by one, each with its statistics"
         )
-    if isinstance(fmt, Trellis):
-        raise SpecError(f"{where}: cannot encode {fmt.name}; use TrellisLDLQ")
+    if isinstance(fmt, Trellis | Ggml):
+        other = "GGML" if isinstance(fmt, Ggml) else "TrellisLDLQ"
+        raise SpecError(f"{where}: cannot encode {fmt.name}; use method={other}()")
     kind = fmt.grouping((w.shape[0], w.shape[1])).kind
     if kind == "flat" or isinstance(fmt, Dynamic8):
         block = getattr(fmt, "block", None)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qjax.errors import SpecError
-from qjax.formats import Cast, Format, Grouping, Int, Trellis
+from qjax.formats import Cast, Format, Ggml, Grouping, Int, Trellis
 from qjax.formats.base import check_choice, divided, rounded
 from qjax.formats.codebook import TableFormat
 from qjax.methods.base import Method
@@ -93,8 +93,9 @@ class RTN(Method):
         del statistics, shared
         if self.stochastic and key is None:
             raise SpecError("RTN(stochastic=True) needs a random key: pass key=")
-        if isinstance(fmt, Trellis):
-            raise SpecError(f"RTN cannot encode {fmt.name}; use TrellisLDLQ")
+        if isinstance(fmt, Trellis | Ggml):
+            other = "GGML" if isinstance(fmt, Ggml) else "TrellisLDLQ"
+            raise SpecError(f"RTN cannot encode {fmt.name}; use method={other}()")
         matrix = (w.shape[-2], w.shape[-1])
         rounder = key if self.stochastic else None
         if isinstance(fmt, Cast):

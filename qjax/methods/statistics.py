@@ -20,7 +20,8 @@ class Statistics:
     """Sums over the tokens a weight `[in, out]` has seen; all leaves float32.
 
     With `x` the inputs of the layer in the model quantized so far and `r` those in the
-    original model:
+    original model. Statistics of a batched kernel `[*batch, in, out]` have leading axes
+    `[*batch]` on every leaf, one set of sums per matrix; `part` gives one of them.
 
     Attributes:
       count: number of tokens, scalar.
@@ -117,6 +118,10 @@ class Statistics:
         added = jax.tree.map(jnp.add, self, other)
         peak = jnp.maximum(self.peak, other.peak)
         return dataclasses.replace(added, peak=peak)
+
+    def part(self, index: tuple[int, ...]) -> "Statistics":
+        """Statistics of one matrix of a batched kernel."""
+        return jax.tree.map(lambda leaf: leaf[index], self)
 
     def mean_hessian(self) -> Float[Array, "in in"]:
         """`2 / n sum x x^T`, the Hessian of the mean squared error of the output.

@@ -88,12 +88,14 @@ class QuantizedLayer(nnx.Module):
     Attributes:
       format: the number format, or None when the weight stays dense.
       method: how codes are chosen.
+      note: what freezing did otherwise than asked, for reports.
     """
 
     weight_name: ClassVar[str] = "kernel"
     weight_axis: ClassVar[int] = -2
     format: Format | None
     method: Method | None
+    note: str = ""
 
     @property
     def variable(self) -> nnx.Variable:

@@ -13,7 +13,6 @@ weight is freed as soon as its codes exist.
 """
 
 import collections
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,13 +21,12 @@ from flax import nnx
 
 from qjax.errors import SpecError
 from qjax.formats import Format
-from qjax.methods import RTN, Method, Statistics, needs_of, uses_of
+from qjax.methods import Method, Statistics, uses_of
 from qjax.nn.base import QuantizedLayer
+from qjax.nn.calibrated import freeze_calibrated
 from qjax.nn.swap import dotted, swap, weight_name
 from qjax.recipes import Recipe, load_recipe
 from qjax.tree import check_matched
-
-_log = logging.getLogger(__name__)
 
 
 def quantize_module(
@@ -57,8 +55,9 @@ def quantize_module(
         given module cannot be used afterwards.
       nonfinite: what `freeze` does about NaN and infinity; see `qjax.quantize`.
       statistics: with `freeze`, of the inputs of each layer by path, for calibrated
-        methods; see `qjax.calibration.calibrate`. A layer that no token reached is
-        rounded by `RTN("mse")` instead, with a warning.
+        methods; see `qjax.calibration.calibrate`. Layers and experts that no token
+        reached, or fewer than they have inputs, are rounded by `RTN("mse")` instead,
+        with a warning and the reason in `quantization_report`.
 
     Returns:
       The quantized module.
@@ -135,7 +134,7 @@ def _freeze(
         for value in vars(node).values()
         if isinstance(value, nnx.Variable)
     )
-    shared: dict[Any, tuple[nnx.Variable, nnx.Variable]] = {}
+    shared: dict[Any, tuple[nnx.Variable, QuantizedLayer]] = {}
     for parts, node in nodes:
         if not isinstance(node, QuantizedLayer) or node.frozen or node.format is None:
             continue
@@ -143,20 +142,19 @@ def _freeze(
         equation = getattr(node, "equation", None)
         key = (id(variable), type(node), equation, node.format, node.method)
         if key in shared:
-            setattr(node, node.weight_name, shared[key][1])
+            first = shared[key][1]
+            setattr(node, node.weight_name, first.variable)
+            node.method = first.method
+            if first.note:
+                node.note = first.note
             continue
         path = dotted((*parts, node.weight_name))
-        options: dict[str, Any] = {}
         if statistics is not None and node.method and uses_of(node.method):
-            found = statistics.get(path)
-            if found is not None and float(found.count):
-                options["statistics"] = found
-            elif needs_of(node.method):
-                _log.warning("%s: no calibration token reached it; rtn-mse", path)
-                node.method = RTN("mse")
-        node.freeze(path, nonfinite=nonfinite, **options)
+            freeze_calibrated(node, path, statistics.get(path), nonfinite)
+        else:
+            node.freeze(path, nonfinite=nonfinite)
         if holders[id(variable)] > 1:
-            shared[key] = variable, node.variable
+            shared[key] = variable, node
         elif donate and isinstance(value := variable.get_value(), jax.Array):
             jax.block_until_ready(node.variable.get_value())
             value.delete()

@@ -28,6 +28,8 @@ class WeightReport:
       method: method name of a quantized weight; empty otherwise.
       nbytes: bytes held now.
       bits_per_weight: those bytes, in bits over logical weights.
+      note: what was done otherwise than the recipe asks, by expert where there are
+        several, such as a fallback for want of calibration tokens; empty otherwise.
     """
 
     path: str
@@ -38,6 +40,7 @@ class WeightReport:
     method: str
     nbytes: int
     bits_per_weight: float
+    note: str = ""
 
 
 def quantization_report(module: Any) -> list[WeightReport]:
@@ -96,7 +99,8 @@ def _report(path: str, value: Any, node: Any, name: str) -> WeightReport:
         reason = _reason(value, node, name)
     method = getattr(node, "method", None) if state != "kept" else None
     label = "" if state == "kept" else (method.name if method else "")
-    return WeightReport(path, shape, fmt, state, reason, label, nbytes, bits)
+    note = getattr(node, "note", "") if state == "frozen" else ""
+    return WeightReport(path, shape, fmt, state, reason, label, nbytes, bits, note)
 
 
 def _reason(value: Any, node: Any, name: str) -> str:

@@ -120,7 +120,7 @@ def kernel_weight(q: Any, spec: WeightSpec) -> Weight:
 
 def _table(fmt):
     """The value of each code, float32."""
-    parts = layout(fmt) if isinstance(fmt, Ggml) else fmt
+    parts: Any = layout(fmt) if isinstance(fmt, Ggml) else fmt
     return jnp.asarray(parts.table, jnp.float32)
 
 

@@ -1,7 +1,7 @@
 """Statistics of a decoder's layers, taken block by block while it is quantized."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import pytest
 import qjax
 from qjax.calibration import BlockStream, blocks, calibration_windows, capture
 from qjax.errors import NonFiniteError, SpecError
-from qjax.methods import RTN, Method, Statistics
+from qjax.methods import GPTQ, RTN, Method, Statistics
 from qjax.models import Decoder, ModelConfig, param_shapes
 from qjax.parts import PartQuantizer
 from qjax.recipes import Recipe, Rule, recipe_from_dict
@@ -189,6 +189,37 @@ def test_nan_activations_name_the_layer(params, tokens):
         )
 
 
+def gptq(params, tokens, method, fmt=None) -> dict[str, Any]:
+    """Report entries by path of a model all of whose kernels are calibrated."""
+    rules = Recipe((Rule("*kernel", fmt or qjax.Int(3, 8), method),))
+    model = qjax.quantize_model(Decoder(CONFIG, params), rules, calibration=tokens)
+    return {entry["name"]: entry for entry in model.report.tensors}
+
+
+def test_too_few_tokens_are_reported_and_not_fitted(params, tokens):
+    found = gptq(params, tokens[:2, :10], GPTQ())  # 20 tokens, 16 and 24 inputs
+    down = [found.pop(f"layers.{i}.mlp.down.kernel") for i in range(2)]
+    for entry in down:
+        why = "20 calibration tokens for 24 inputs; rtn-mse instead"
+        assert (entry["fallback"], entry["method"]) == (why, "rtn-mse")
+        assert 0 < entry["output_error"] < 1
+    assert {e["method"] for e in found.values()} == {"gptq"}
+    assert not any("fallback" in e for e in found.values())
+
+
+def test_singular_hessians_are_recovered_and_reported(params):
+    same = np.full((4, 12), 7, np.int32)  # one token over and over: rank one
+    for entry in gptq(params, same, GPTQ(damp=1e-9)).values():
+        assert 1 <= entry["damping_raised"] <= 8, entry["name"]
+        assert entry["error"] < 0.5
+
+
+def test_groups_that_do_not_divide_name_the_layer(params, tokens):
+    message = r"layers\.0\.attn\..\.kernel: gptq-group-order: .* cross output columns"
+    with pytest.raises(SpecError, match=message):
+        gptq(params, tokens, GPTQ(act_order="group"), qjax.NF4(32))
+
+
 def test_a_recipe_that_needs_calibration_says_so(params):
     with pytest.raises(SpecError, match=r"method recorder needs calibration; pass"):
         qjax.quantize_model(Decoder(CONFIG, params), recipe("*kernel"))
@@ -207,6 +238,16 @@ def test_a_recipe_that_needs_calibration_says_so(params):
 def test_bad_calibration_tokens_are_refused(source, message):
     with pytest.raises(SpecError, match=message):
         calibration_windows(source, vocab_size=40)
+
+
+def test_a_text_that_is_too_short_is_refused(tmp_path):
+    class Letters:
+        def encode(self, text, add_special_tokens):
+            return [*map(ord, text)]
+
+    (tmp_path / "text.txt").write_text("too short", "utf-8")
+    with pytest.raises(SpecError, match="9 tokens do not fill one window of 512; give"):
+        calibration_windows(tmp_path / "text.txt", Letters())
 
 
 def test_windows_beyond_the_context_are_refused(params):

@@ -1,5 +1,9 @@
 """Inputs of the layers of any NNX module."""
 
+import dataclasses
+import re
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +13,8 @@ from flax import nnx
 import qjax
 from qjax.calibration import calibrate, capture
 from qjax.errors import NonFiniteError, SpecError, UnsupportedError
-from qjax.methods import GPTQ
+from qjax.methods import GPTQ, RTN, Statistics
+from qjax.parameter import quantize_parameter
 
 
 class Net(nnx.Module):
@@ -124,8 +129,77 @@ def test_modules_are_quantized_with_statistics(batches, caplog):
         statistics=stats["first.kernel"],
     )
     np.testing.assert_array_equal(packed.first.kernel.get_value().codes, own.codes)
-    assert "last.kernel: no calibration token reached it; rtn-mse" in caplog.text
+    note = "no calibration token reached it; rtn-mse instead"
+    assert f"last.kernel: {note}" in caplog.text
+    report = {r.path: r for r in qjax.nn.quantization_report(packed)}
+    assert report["last.kernel"].note == note
+    assert report["last.kernel"].method == "rtn-mse"
+    assert report["first.kernel"].note == ""
     with pytest.raises(SpecError, match="statistics= need freeze=True"):
         qjax.nn.quantize_module(net, rules, statistics=stats)
     with pytest.raises(SpecError, match="needs statistics of the weight's inputs"):
         qjax.nn.quantize_module(net, rules, freeze=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken(RTN):
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+
+    @property
+    def name(self) -> str:
+        return "broken"
+
+    def __call__(self, w, fmt, **arrays):
+        q = super().__call__(w, fmt)
+        return jax.tree.map(
+            lambda a: a if a.dtype == jnp.uint8 else jnp.full_like(a, jnp.nan), q
+        )
+
+
+def freeze(net, method, **changes):
+    """Notes on a net frozen with statistics of which some are replaced."""
+    rules = qjax.Recipe((qjax.Rule("*kernel", qjax.Int(3, "channel"), method),))
+    stats = calibrate(net, [jnp.ones((8, 2, 6))]) | changes
+    packed = qjax.nn.quantize_module(net, rules, freeze=True, statistics=stats)
+    return {r.path: r.note for r in qjax.nn.quantization_report(packed)}
+
+
+def test_bad_statistics_of_modules_are_reported(batches):
+    few = Statistics.zeros(5, hessian=True).add(batches[0][0, :, :5])
+    notes = freeze(Net(), GPTQ(damp=1e-9), **{"last.kernel": few})
+    assert notes["last.kernel"] == (
+        "3 calibration tokens for 5 inputs; rtn-mse instead"
+    )
+    assert re.fullmatch("damping of its Hessian raised . times", notes["first.kernel"])
+    with pytest.raises(SpecError, match=r"sums \[batch, in\] of shape \[5\], but the"):
+        freeze(Net(), GPTQ(), **{"first.kernel": few})
+    full = few.add(jnp.full((3, 5), jnp.nan))
+    with pytest.raises(NonFiniteError, match=r"kernel: the Hessian of the inputs has"):
+        freeze(Net(), GPTQ(), **{"last.kernel": full})
+
+
+def test_weights_that_a_method_made_nan_are_named():
+    message = r"first\.kernel: broken gave weights that are NaN"
+    with pytest.raises(NonFiniteError, match=message):
+        freeze(Net(), Broken())
+    rules = qjax.Recipe((qjax.Rule("*", qjax.Int(3, "channel"), Broken()),))
+    full = Statistics.zeros(5, hessian=True).add(jnp.ones((6, 5)))
+    with pytest.raises(NonFiniteError, match=message):
+        quantize_parameter("first.kernel", jnp.ones((5, 3)), rules, statistics=full)
+
+
+def test_inputs_that_are_read_another_way_are_not_shared():
+    class Both(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.rows = nnx.Einsum("bij,jk->bik", (3, 2), rngs=rngs)
+            self.columns = nnx.Einsum("bij,ik->bjk", (3, 2), rngs=rngs)
+
+        def __call__(self, x):
+            return self.rows(x) + self.columns(x)
+
+    x = np.arange(18, dtype=np.float32).reshape(2, 3, 3)
+    stats = calibrate(Both(), [jnp.asarray(x)])
+    for name, rows in (("rows", x), ("columns", x.swapaxes(1, 2))):
+        flat = rows.reshape(-1, 3)
+        np.testing.assert_allclose(stats[f"{name}.kernel"].hessian, flat.T @ flat)

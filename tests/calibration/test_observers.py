@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.calibration.observers import (
+from qjax.calibration import (
     MSE,
     Entropy,
     MeanStd,
     MinMax,
     MovingAverage,
     Percentile,
-    static_scale,
 )
+from qjax.calibration.observers import static_scale
 from qjax.errors import SpecError
 from qjax.formats import Int
 from qjax.methods import quantize

@@ -1,6 +1,7 @@
 """One table: every format and wrapper goes through everything a JAX array does.
 
-Each row is built once, `[3, 64, 16]` (three stacked layers). The transformations must
+Each row is built once, `[3, 64, 16]` (three stacked layers; more inputs where blocks
+need them). The transformations must
 give exactly what `dequantize` gives, and the leaves must survive unchanged.
 """
 
@@ -26,6 +27,7 @@ from qjax.formats import (
     NVFP4,
     Additive,
     Cast,
+    Ggml,
     Int,
     KMeans,
     Trellis,
@@ -44,6 +46,7 @@ from qjax.wrappers import (
     Transposed,
     WithOutliers,
 )
+from tests.ggml_blocks import random_blocks
 
 LAYERS, ROWS, COLS = 3, 64, 16
 SHAPE = (LAYERS, ROWS, COLS)
@@ -134,7 +137,15 @@ WRAPPERS = (
     "scaled-permuted",
 )
 TRELLIS = ("trellis", "incoherent")
-NAMES = (*FORMATS, *LEARNED, *WRAPPERS, *TRELLIS)
+GGML = {
+    "ggml-q4_0": 256,
+    "ggml-mxfp4": 256,
+    "ggml-q4_k": 1024,
+    "ggml-q6_k": 1024,
+    "ggml-iq2_xxs": 1024,
+}
+"""llama.cpp's blocks, and how many inputs."""
+NAMES = (*FORMATS, *LEARNED, *WRAPPERS, *TRELLIS, *GGML)
 
 
 @functools.cache
@@ -146,6 +157,8 @@ def weight() -> np.ndarray:
 def build(name: str):
     if name in LEARNED:
         return learned(name)
+    if name in GGML:
+        return random_blocks(name[5:], (LAYERS,), (GGML[name], COLS))
     if name in FORMATS:
         return quantize(weight(), FORMATS[name])
     if name in TRELLIS:
@@ -381,6 +394,7 @@ EMPTY = {
     "int4-channel": Int(4, "channel"),
     "kmeans3": KMeans(3),
     "additive": Additive(2, 8, 8),
+    "ggml": Ggml("q5_1"),
 }
 
 
