@@ -81,6 +81,6 @@ def test_refusals(small, model_path, tmp_path):
         qjax.convert(path, tmp_path / "m.gguf", "gguf:Q4_0")
     model = qjax.quantize_model(model_path, "int8")
     qjax.save(model, tmp_path / "int8")
-    with pytest.raises(UnsupportedError, match=r"kernel is int8, which GGUF has no"):
+    with pytest.raises(UnsupportedError, match=r"kernel is int8-channel, which GGUF"):
         qjax.convert(tmp_path / "int8", tmp_path / "m.gguf", "gguf")
     assert not (tmp_path / "m.gguf").exists()
