@@ -34,11 +34,11 @@ TEXT = EXAMPLES / "data" / "wikitext-2-test.txt"
 PROMPT = "Once upon a time"
 
 
-def run(program: Path, *arguments: object) -> str:
+def run(program: Path, *arguments: object, errors: bool = True) -> str:
     """What a program prints."""
     command = [str(program), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
+    return done.stdout + done.stderr * errors
 
 
 def same_blocks(one: Path, other: Path) -> float:
@@ -103,10 +103,13 @@ def main() -> None:
         said = run(
             options.bin / "llama-completion",
             *("-m", whole, "-p", PROMPT, "-n", 32, "--temp", 0, "-no-cnv", *threads),
+            errors=False,
         )
+        said = said.removeprefix(PROMPT).rstrip()  # it may end before the last words
         model, tokenizer = qjax.load(whole)
         ours = qjax.generate(model, tokenizer, PROMPT, max_tokens=32)
-        print(f"greedy text of the float32 file is equal: {ours.strip() in said}")
+        equal = len(said) > 0.8 * len(ours) and ours.startswith(said)
+        print(f"greedy text of the float32 file is equal: {equal}")
         print(
             "| preset | equal blocks | perplexity, llama.cpp | qjax | ratio "
             "| tokens/s, llama.cpp | qjax |"

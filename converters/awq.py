@@ -8,7 +8,7 @@ Input scales are folded into other tensors already. Per linear layer:
 * `gemv`: `qweight` int32 `[out, in / 8]` and `qzeros` int32 `[out, words]`, nibbles in
   order; `scales` `[out, 8 words]`. Groups beyond `in` are padding.
 * `gemv_fast`, `llm-awq`: `qweight` int16 `[out / 4, in]`: tiles of 4 outputs and 64
-  inputs, in each output runs of 32 inputs in the order of `_FAST`; `scales
+  inputs, in each output runs of 32 inputs in the order of `_fast`; `scales
   [groups, out]`; `qzeros` or `scaled_zeros` like them: `-zero * scale`, in half.
 
 Reference: AutoAWQ `modules/linear/{gemm,gemv,gemv_fast}.py`,
@@ -25,7 +25,8 @@ import numpy as np
 from qjax.converters.affine import affine, group_of, integers, zero_of_bias
 from qjax.converters.checks import finite
 from qjax.converters.gptq import check_integers
-from qjax.converters.words import codes_of, stream, transposed, words_of
+from qjax.converters.halves import halves
+from qjax.converters.words import codes_of, copied, stream, transposed, words_of
 from qjax.errors import FormatError, UnsupportedError
 from qjax.formats import Int
 from qjax.tensor import QuantizedTensor
@@ -38,8 +39,6 @@ PARTS = {
 }
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 VERSIONS = ("gemm", "gemv", "gemv_fast", "llm-awq")
-_FAST = np.arange(32).reshape(4, 4, 2).swapaxes(0, 1).reshape(4, 4, 2)
-_FAST = _FAST.swapaxes(1, 2).reshape(32)
 
 
 class AWQ:
@@ -83,7 +82,7 @@ class AWQ:
             zeros = codes_of(stream(words.T), 4, words.shape[1] * 8)
             scales = np.ascontiguousarray(scales.T)
         else:
-            data = stream(words_of(_fast(parts["qweight"], where), 4))
+            data = _fast(parts["qweight"], where)
             zeros = _unscaled(parts, scales, where)
         if self.version != "gemm":
             groups = -(-rows // (self.group or rows))
@@ -121,19 +120,20 @@ def _columns(words: np.ndarray) -> np.ndarray:
 
 
 def _fast(words: np.ndarray, where: str) -> np.ndarray:
-    """Codes `[in, out]` of the GEMV-FAST layout."""
+    """Packed codes `[in / 2, out]` of the GEMV-FAST layout.
+
+    Nibble `a` of the low half of word `b` of a run is input `8 a + 2 b`, and that of
+    the high half the one behind it: nibbles of both halves make up packed bytes.
+    """
     slabs, rows = words.shape
     if words.dtype.itemsize != 2 or rows % 64:
         raise FormatError(
             f"{where}.qweight: is {words.dtype} {list(words.shape)}, expected int16 "
             "[out / 4, in] with in a multiple of 64"
         )
-    fields = codes_of(stream(words.reshape(-1, 1)), 4, words.size * 4)
-    tiles = fields.reshape(slabs, rows // 64, 4, 64).transpose(0, 2, 1, 3)
-    stored = tiles.reshape(slabs * 4, -1, 32)
-    made = np.empty_like(stored)
-    made[..., _FAST] = stored
-    return np.ascontiguousarray(made.reshape(slabs * 4, rows).T)
+    # tile, output, run, word, nibble
+    fields = halves(words).reshape(slabs, rows // 64, 4, 2, 4, 4)
+    return copied(fields.transpose(1, 3, 5, 4, 0, 2)).reshape(rows // 2, slabs * 4)
 
 
 def _unscaled(parts, scales: np.ndarray, where: str) -> np.ndarray:

@@ -193,7 +193,7 @@ def _gemma(meta: Metadata, family: str, config: Mapping[str, Any]) -> dict[str, 
 
 def _slides(meta: Metadata, layers: int, usual: int, window: int) -> list[bool]:
     """Which layers have a window: all but every n-th, or as a list says."""
-    key = "ARCH.attention.sliding_window_pattern".replace("ARCH", meta.architecture)
+    key = meta.key("ARCH.attention.sliding_window_pattern")
     value = meta.values.get(key)
     if isinstance(value, np.ndarray):
         if value.dtype != bool or len(value) < layers:

@@ -12,25 +12,33 @@ from qjax.errors import FormatError, UnsupportedError
 class Metadata:
     """Typed look-ups in the metadata of one file.
 
+    `ARCH.` in front of a key stands for the architecture.
+
     Args:
       values: metadata by key.
       where: what errors call the file.
-
-    Attributes:
-      architecture: `general.architecture`.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str):
         self.values, self.where = values, where
-        self.architecture: str = self.get("general.architecture", str)
+
+    @property
+    def architecture(self) -> str:
+        """`general.architecture`."""
+        return self.get("general.architecture", str)
+
+    def key(self, key: str) -> str:
+        """A key as it is in the file."""
+        start, found, rest = key.partition("ARCH.")
+        return f"{self.architecture}.{rest}" if found and not start else key
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """A value; `ARCH.` in front of a key stands for the architecture.
+        """A value.
 
         Raises:
           FormatError: it is missing without a default, or of another type.
         """
-        key = key.replace("ARCH", getattr(self, "architecture", ""), 1)
+        key = self.key(key)
         value = self.values.get(key, default)
         if value is None:
             raise FormatError(f"{self.where}: has no metadata {key!r}")
@@ -49,7 +57,7 @@ class Metadata:
           FormatError: see `get`.
           UnsupportedError: layers differ.
         """
-        full = key.replace("ARCH", self.architecture, 1)
+        full = self.key(key)
         value = self.values.get(full)
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size:
             different = sorted({int(v) for v in value})
@@ -63,7 +71,7 @@ class Metadata:
 
     def has(self, key: str) -> bool:
         """Whether there is such a value."""
-        return key.replace("ARCH", self.architecture, 1) in self.values
+        return self.key(key) in self.values
 
 
 def u32(number: Any) -> Value:

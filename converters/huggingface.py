@@ -78,16 +78,17 @@ def open_checkpoint(
       UnsupportedError: The weights are of a kind that is not read.
     """
     directory = Path(path_or_hub_id)
-    if is_gguf(directory) and directory.exists():
+    gguf = is_gguf(directory) and directory.exists()
+    if revision is not None and (gguf or directory.is_dir()):
+        raise SpecError(
+            f"{shown(directory)}: is a local {'file' if gguf else 'directory'}, "
+            f"revision {revision!r} is for models of the Hub"
+        )
+    if gguf:
         from qjax.converters.gguf import GGUFCheckpoint
 
         return GGUFCheckpoint(directory)
     if directory.is_dir():
-        if revision is not None:
-            raise SpecError(
-                f"{shown(directory)}: is a local directory, revision {revision!r} is "
-                "for models of the Hub"
-            )
         return Checkpoint(directory)
     if directory.exists():
         raise SpecError(

@@ -10,6 +10,7 @@ Reference: Marlin `marlin/__init__.py`, `Layer.pack`.
 
 import numpy as np
 
+from qjax.converters.halves import halves
 from qjax.converters.words import copied
 from qjax.errors import FormatError
 
@@ -29,22 +30,10 @@ def marlin_codes(words: np.ndarray, where: str) -> np.ndarray:
             f"{where}.B: shape {list(words.shape)}, expected [in / 16, 2 out] with "
             "out a multiple of 64"
         )
-    made = np.empty((tiles, width * 4), np.uint8)
-    for i in range(0, tiles, 16):  # pieces that stay in the cache
-        part = words[i : i + 16].astype("<u4")
-        rows = _spread(part & np.uint32(0xFFFF))
-        rows |= _spread(part >> np.uint32(16)) << np.uint32(4)
-        made[i : i + 16] = rows.view(np.uint8)
     # lane over 4, lane modulo 4, tile, column over 8, row over 8
-    fields = made.reshape(tiles, width // 128, 8, 4, 4, 2, 2)
+    fields = halves(words).reshape(tiles, width // 128, 8, 4, 4, 2, 2)
     turned = copied(fields.transpose(0, 6, 3, 1, 4, 5, 2))
     return turned.reshape(tiles * 8, width // 2)
-
-
-def _spread(x: np.ndarray) -> np.ndarray:
-    """Four nibbles as four bytes."""
-    x = (x | x << np.uint32(8)) & np.uint32(0x00FF00FF)
-    return (x | x << np.uint32(4)) & np.uint32(0x0F0F0F0F)
 
 
 def marlin_scales(scales: np.ndarray, where: str) -> np.ndarray:

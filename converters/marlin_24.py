@@ -16,14 +16,15 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qjax.converters.affine import affine, group_of
-from qjax.converters.words import codes_of, stream
+from qjax.converters.halves import halves
+from qjax.converters.words import copied
 from qjax.errors import FormatError
 from qjax.tensor import QuantizedTensor
-
-_FIELDS = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}
 
 
 def marlin_24(
@@ -41,7 +42,7 @@ def marlin_24(
     """
     words, scale, meta = (parts[k] for k in ("weight_packed", "scale_packed", "meta"))
     bits = weights.get("num_bits")
-    if bits not in _FIELDS or words.dtype != np.int32:
+    if bits not in (4, 8) or words.dtype != np.int32:
         raise FormatError(
             f"{where}: {words.dtype} words of {bits!r} bits, expected int32 with 4 or 8"
         )
@@ -59,9 +60,8 @@ def marlin_24(
             f"{bits} bits; expected [in / 32, out * {bits} / 2], [groups, out] and "
             "int16 [in / 32, 2 out] with out a multiple of 64"
         )
-    half = np.ascontiguousarray(_codes(words, bits, cols).T).reshape(cols, -1, 2)
-    codes = np.full((cols, rows // 4, 4), 2 ** (bits - 1), np.uint8)
-    np.put_along_axis(codes, _places(meta, rows, cols), half, -1)
+    first, second = _stored(words, bits, cols)
+    codes = np.asarray(_spread(first, second, _places(meta, rows, cols), bits))
     group = group_of(weights)
     if group is not None and group < rows // 2:
         runs = scale.reshape(-1, 8)
@@ -69,7 +69,7 @@ def marlin_24(
         made[:, [0, 4, 1, 5, 2, 6, 3, 7]] = runs
         scale = made.reshape(scale.shape)
     return affine(
-        np.ascontiguousarray(codes.reshape(cols, rows).T),
+        codes.reshape(-1, cols),
         scale,
         None,
         bits=bits,
@@ -77,45 +77,45 @@ def marlin_24(
         where=where,
         group=group,
         dtype=scale.dtype.name,
-        unpacked=True,
+        planes=True,
     )
 
 
-@functools.cache
-def _order(bits: int) -> np.ndarray:
-    """Place in four tiles `[4, 16, 16]` of each of 1024 stored codes."""
-    lane, tile, part, pair = np.ogrid[:32, :4, :2, :4]
-    row = 2 * (lane % 4) + np.array([0, 1, 8, 9])[pair]
-    column = 8 * (lane // 4 % 2) + 4 * part + tile
-    places = 256 * (lane // 8) + 16 * row + column
-    fields = _FIELDS[bits]
-    return places.reshape(-1, len(fields))[:, fields].reshape(-1)
+def _stored(words: np.ndarray, bits: int, cols: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the second of the two codes of four inputs, `[in / 4, out]`.
 
-
-def _codes(words: np.ndarray, bits: int, cols: int) -> np.ndarray:
-    """Unsigned codes `[in / 2, out]`."""
-    fields = codes_of(stream(words.reshape(-1, 1)), bits, words.size * 32 // bits)
-    stored = fields.reshape(-1, 1024)
-    made = np.empty_like(stored)
-    made[:, _order(bits)] = stored
-    tiles = made.reshape(len(words), cols // 16, 16, 16).transpose(0, 2, 1, 3)
-    return tiles.reshape(-1, cols)
+    The low half of words, or of pairs of 4 bits, holds even rows of the halved weight,
+    the high half those behind them.
+    """
+    tiles = len(words)
+    if bits == 4:
+        # tile, column over 8, lane modulo 4, column modulo 4, column over 4, row over 8
+        pairs = halves(words).reshape(tiles, cols // 64, 4, 2, 4, 4, 2, 2)
+        both = copied(pairs.transpose(0, 7, 4, 1, 2, 3, 6, 5)).reshape(-1, cols)
+        return both & np.uint8(15), both >> np.uint8(4)
+    little = np.ascontiguousarray(words.astype("<i4", copy=False)).view(np.uint8)
+    fields = little.reshape(tiles, cols // 64, 4, 2, 4, 4, 2, 2, 2)
+    first, second = copied(fields.transpose(7, 0, 8, 4, 1, 2, 3, 6, 5))
+    return first.reshape(-1, cols), second.reshape(-1, cols)
 
 
 def _places(meta: np.ndarray, rows: int, cols: int) -> np.ndarray:
-    """Which two of four inputs are stored, `[out, in / 4, 2]`."""
-    width = rows // 16
-    row, column = np.mgrid[:cols, :width]
-    row = (
-        row // 64 * 64
-        + row % 2 * 2
-        + row % 8 // 4
-        + row % 4 // 2 * 32
-        + row % 64 // 8 * 4
-    )
-    shift = (row % 2 == 0) * (column % 2 == 1) * 1 - (row % 2) * (column % 2 == 0)
-    row, column = row + shift, column - shift
-    source = column // 2 * (2 * cols) + row * 2 + column % 2
-    plain = meta.reshape(-1).view(np.uint16)[source]
-    quads = plain[..., None] >> np.arange(0, 16, 2, dtype=np.uint16) & np.uint16(3)
-    return quads.reshape(cols, rows // 4, 2).astype(np.intp)
+    """Which two of four inputs are stored, uint16 `[in / 16, out]`, low bits first."""
+    # bits of the output and the input: out 1, 3 to 5, 0, in 4, out 2
+    fields = meta.view(np.uint16).reshape(rows // 32, cols // 64, 2, 8, 2, 2, 2)
+    return copied(fields.transpose(0, 5, 1, 3, 6, 2, 4)).reshape(-1, cols)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _spread(first, second, places, bits: int):
+    """Two codes of four at their places, as `qjax.packing` packs them."""
+    shifts = jnp.arange(0, 16, 4, dtype=jnp.uint16)[:, None]
+    quads = (places[:, None] >> shifts).reshape(first.shape).astype(jnp.uint8)
+    low, high = quads & 3, quads >> 2 & 3
+    half = jnp.uint8(2 ** (bits - 1))
+    codes = [
+        jnp.where(high == i, second, jnp.where(low == i, first, half)) for i in range(4)
+    ]
+    if bits == 4:
+        codes = [codes[i] | codes[i + 1] << 4 for i in (0, 2)]
+    return jnp.stack(codes, 1)

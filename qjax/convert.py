@@ -15,7 +15,6 @@ import numpy as np
 
 from qjax.artifact import Artifact, is_artifact
 from qjax.checkpoint import Assets, checkpoint_parts, open_packed, write_artifact
-from qjax.converters.affine import half_scales
 from qjax.converters.huggingface import (
     SETTINGS,
     TOKENIZER_FILES,
@@ -216,6 +215,7 @@ def _dense(leaf: Any) -> np.ndarray:
 
 def _packer(writer: Any, where: str, embeddings: bool, requantize: bool):
     """A function that packs one layer; None where its format keeps it dense."""
+    from qjax.converters.affine import half_scales
 
     def pack(entry: Any, part: Mapping[str, Any], report: Converted):
         layer = entry.name.removesuffix(".weight")

@@ -9,7 +9,7 @@ import numpy as np
 
 from qjax.artifact import Artifact, is_artifact, tensor_report
 from qjax.checkpoint import checkpoint_parts, open_packed
-from qjax.converters.huggingface import open_checkpoint
+from qjax.converters.huggingface import is_gguf, open_checkpoint
 from qjax.ops import explain
 from qjax.tensor import QuantizedTensor
 
@@ -17,7 +17,7 @@ from qjax.tensor import QuantizedTensor
 def inspect(
     source: str | os.PathLike[str], *, revision: str | None = None
 ) -> dict[str, Any]:
-    """Describes a qjax artifact, a Hugging Face directory or a Hub id.
+    """Describes a qjax artifact, a Hugging Face directory, a GGUF file or a Hub id.
 
     Reads headers only; digests are checked when the model is loaded.
 
@@ -55,7 +55,8 @@ def inspect(
         add(artifact.parts())
     else:
         with open_checkpoint(source, revision) as checkpoint:
-            kind, config = "huggingface", checkpoint.config
+            kind = "gguf" if is_gguf(checkpoint.directory) else "huggingface"
+            config = checkpoint.config
             packed = open_packed(checkpoint)
             add(checkpoint_parts(packed))
             recipe, found = packed.kind, packed.found

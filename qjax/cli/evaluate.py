@@ -10,6 +10,7 @@ from qjax.checkpoint import load
 from qjax.cli.output import Output
 from qjax.errors import SpecError
 from qjax.evaluate import evaluate, report_evaluation, require_matplotlib
+from qjax.evaluate.logits_file import is_logits_file
 from qjax.inspection import inspect
 from qjax.io.files import read_small
 from qjax.ops import prepack
@@ -33,8 +34,13 @@ class Evaluate:
     """For protocol stride: step between windows; half the context by default."""
     windows: int | None = None
     """Read only this many windows."""
-    baseline: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
-    """Original model: adds its perplexity, KL divergence and top-1 agreement."""
+    baseline: Annotated[str | None, tyro.conf.arg(metavar="MODEL|FILE")] = None
+    """Original model, or a base file of --write-logits or `llama-perplexity
+    --kl-divergence-base`: adds its perplexity, KL divergence and top-1 agreement."""
+    write_logits: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """With protocol llama.cpp: store the model's log-probabilities in a base file."""
+    force: bool = False
+    """Replace an existing file of --write-logits."""
     report: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Write report.json, tables and plots into a directory."""
     tensor: str | None = None
@@ -64,9 +70,10 @@ class Evaluate:
             self.model, revision=self.revision, dtype=self.dtype, adapter=self.adapter
         )
         model = prepack(model)
-        baseline = None
-        if self.baseline is not None:
-            baseline = prepack(load(self.baseline, dtype=self.dtype)[0])
+        original = None
+        stored = self.baseline is not None and is_logits_file(self.baseline)
+        if self.baseline is not None and not stored:
+            original = prepack(load(self.baseline, dtype=self.dtype)[0])
         with self.output.progress("evaluating") as update:
             result = evaluate(
                 model,
@@ -76,24 +83,26 @@ class Evaluate:
                 context=self.context,
                 stride=self.stride,
                 windows=self.windows,
-                baseline=baseline,
+                baseline=self.baseline if stored else original,
+                write_logits=self.write_logits,
+                overwrite=self.force,
                 progress=update,
             )
         console = self.output.console
         for key, value in result.items():
             if isinstance(value, int | float | str):
                 shown = f"{value:.6g}" if isinstance(value, float) else value
-                console.print(f"{key:24} {shown}")
+                console.print(f"{key:28} {shown}")
         if self.report is not None:
             sizes = {"stored": inspect(self.model, revision=self.revision)}
-            if self.baseline is not None:
+            if self.baseline is not None and not stored:
                 sizes["baseline_stored"] = inspect(self.baseline)
             report_evaluation(
                 self.report,
                 result,
                 model,
                 name=Path(self.model).name,
-                baseline=baseline,
+                baseline=original,
                 tensor=self.tensor,
                 **sizes,
             )

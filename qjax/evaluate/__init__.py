@@ -5,8 +5,8 @@ results into JSON, tables and plots. `qjax.evaluate.lm_eval` lets lm-evaluation-
 run a model on its tasks.
 """
 
+from qjax.evaluate.logits_file import LogitsFile as LogitsFile
 from qjax.evaluate.perplexity import evaluate as evaluate
-from qjax.evaluate.perplexity import summarize as summarize
 from qjax.evaluate.plots import plot_allocation as plot_allocation
 from qjax.evaluate.plots import plot_layer_errors as plot_layer_errors
 from qjax.evaluate.plots import plot_memory as plot_memory
@@ -19,6 +19,7 @@ from qjax.evaluate.scoring import Scorer as Scorer
 from qjax.evaluate.scoring import TokenScores as TokenScores
 from qjax.evaluate.scoring import as_scorer as as_scorer
 from qjax.evaluate.scoring import score_windows as score_windows
+from qjax.evaluate.statistics import summarize as summarize
 from qjax.evaluate.tradeoff import plot_tradeoff as plot_tradeoff
 from qjax.evaluate.weights import bits_per_weight as bits_per_weight
 from qjax.evaluate.weights import compare_weights as compare_weights

@@ -8,10 +8,11 @@ bytes)` over the bytes of the same tokens, which compares models of different
 vocabularies.
 
 Refuses: a text shorter than one window; a context longer than the model's; a tokenizer
-or a baseline of another vocabulary.
+or a baseline of another vocabulary; a base file of another protocol, context or text.
 """
 
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from qjax.errors import SpecError
-from qjax.evaluate.scoring import TokenScores, as_scorer, score_windows
+from qjax.evaluate.logits_file import LogitsFile
+from qjax.evaluate.scoring import Scorer, as_scorer
+from qjax.evaluate.statistics import summarize
+from qjax.evaluate.stored import require_protocol, score_with_files, windows_of
 from qjax.evaluate.windows import Windows, plan_windows
 from qjax.text import Tokenizer
-
-_PERCENTILES = (1, 5, 50, 95, 99, 99.9)
 
 
 def evaluate(
@@ -36,6 +38,8 @@ def evaluate(
     stride: int | None = None,
     windows: int | None = None,
     baseline: Any = None,
+    write_logits: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
     batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -50,19 +54,29 @@ def evaluate(
         stride: For protocol `stride`: step between windows; half the context by
             default.
         windows: Read only this many windows, from the start.
-        baseline: The original model; adds its perplexity, the KL divergence from it
-            and how often both rank the same token first.
+        baseline: The original model, or the path of what it said of the same text:
+            a base file of `llama-perplexity --kl-divergence-base` or `write_logits`,
+            whose windows are then read. Adds its perplexity, the KL divergence from
+            it, how the right tokens' probabilities moved and how often both rank the
+            same token first.
+        write_logits: Where to store what the model says of every scored token, for
+            later runs and for `llama-perplexity --kl-divergence`; see
+            `qjax.evaluate.logits_file` for the size.
+        overwrite: Replace an existing file there.
         batch: Windows per step; the result does not depend on it.
         progress: Called with the windows done and their number.
 
     Returns:
         A dict ready for JSON: `protocol, context, stride, windows, bos, text_sha256,
         text_bytes, tokens, perplexity, perplexity_stderr, bits_per_byte, seconds`, and
-        with a baseline `baseline_perplexity, perplexity_ratio, kl_divergence,
-        kl_divergence_stderr, kl_percentiles, top1_agreement, top1_agreement_stderr`.
+        with a baseline `baseline_perplexity, perplexity_ratio, perplexity_difference,
+        ln_perplexity_ratio, delta_p, delta_p_rms, kl_divergence, top1_agreement`, each
+        with its `..._stderr`, and `ln_perplexity_correlation, kl_percentiles,
+        delta_p_percentiles`; see `qjax.evaluate.statistics`.
 
     Raises:
         SpecError: See the module's refusals.
+        FormatError: The baseline's file is damaged.
         NonFiniteError: The model returned NaN or infinity.
 
     Reference:
@@ -70,6 +84,9 @@ def evaluate(
     """
     start = time.perf_counter()
     scorer = as_scorer(model)
+    original = _original(baseline)
+    if write_logits is not None or isinstance(original, LogitsFile):
+        require_protocol(protocol)
     tokenizer.check_vocab(scorer.vocab_size)
     if context > scorer.max_context:
         raise SpecError(
@@ -83,11 +100,16 @@ def evaluate(
         context,
         stride=stride,
         bos_id=tokenizer.bos_id if tokenizer.adds_bos else None,
-    ).limit(windows)
-    scores = score_windows(
+    )
+    if isinstance(original, LogitsFile):
+        plan = windows_of(original, plan)
+    plan = plan.limit(windows)
+    scores = score_with_files(
         scorer,
         plan,
-        baseline=None if baseline is None else as_scorer(baseline),
+        baseline=original,
+        write=write_logits,
+        overwrite=overwrite,
         batch=batch,
         progress=progress,
     )
@@ -105,49 +127,11 @@ def evaluate(
     }
 
 
-def summarize(scores: TokenScores, scored_bytes: int | None = None) -> dict[str, Any]:
-    """Return the numbers of a result from the scores of its tokens.
-
-    Args:
-        scores: One number per token.
-        scored_bytes: Bytes those tokens spell; None leaves bits per byte out.
-    """
-    nll = scores.nll.astype(np.float64)
-    perplexity = float(np.exp(nll.mean()))
-    result: dict[str, Any] = {
-        "tokens": len(nll),
-        "perplexity": perplexity,
-        "perplexity_stderr": perplexity * _standard_error(nll),
-    }
-    if scored_bytes:
-        result["bits_per_byte"] = float(nll.sum() / np.log(2) / scored_bytes)
-    if scores.baseline_nll is not None:
-        base = float(np.exp(scores.baseline_nll.astype(np.float64).mean()))
-        result |= {"baseline_perplexity": base, "perplexity_ratio": perplexity / base}
-    if scores.kl is not None:
-        kl = scores.kl.astype(np.float64)
-        result |= {
-            "kl_divergence": float(kl.mean()),
-            "kl_divergence_stderr": _standard_error(kl),
-            "kl_percentiles": {
-                str(p): float(np.percentile(kl, p)) for p in _PERCENTILES
-            }
-            | {"max": float(kl.max())},
-        }
-    if scores.agree is not None:
-        agree = scores.agree.astype(np.float64)
-        result |= {
-            "top1_agreement": float(agree.mean()),
-            "top1_agreement_stderr": _standard_error(agree),
-        }
-    return result
-
-
-def _standard_error(values: np.ndarray) -> float:
-    """Return the standard error of the mean, tokens taken as independent."""
-    if len(values) < 2:
-        return 0.0
-    return float(values.std(ddof=1) / np.sqrt(len(values)))
+def _original(baseline: Any) -> Scorer | LogitsFile | None:
+    """Return a baseline as what can be compared with."""
+    if isinstance(baseline, str | os.PathLike):
+        return LogitsFile(baseline)
+    return None if baseline is None else as_scorer(baseline)
 
 
 def _scored_bytes(plan: Windows, byte_ends: np.ndarray) -> int:

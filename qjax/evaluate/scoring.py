@@ -11,6 +11,7 @@ float64 on the host.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from qjax.errors import NonFiniteError, SpecError
+from qjax.evaluate.logits_file import LogitsFile
 from qjax.evaluate.windows import Windows
 from qjax.models import Decoder
 
@@ -119,23 +121,36 @@ def score_windows(
             vocabulary, or the vocabularies differ.
         NonFiniteError: The model's output is NaN or infinite.
     """
-    _check(model, windows, baseline)
+    check(model, windows, baseline)
+    score = functools.partial(_score_batch, model, baseline)
+    return in_batches(windows, score, batch, progress)
+
+
+def in_batches(
+    windows: Windows,
+    score: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]],
+    batch: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> TokenScores:
+    """Return the scores of all windows from those of each batch's tokens and mask."""
     if batch is None:
         batch = max(1, BATCH_TOKENS // windows.context)
     batch = min(batch, len(windows))
     parts: list[dict[str, np.ndarray]] = []
     for tokens, mask in windows.batches(batch):
-        parts.append(_score_batch(model, baseline, tokens, mask))
+        parts.append(score(tokens, mask))
         if progress is not None:
             progress(min(len(parts) * batch, len(windows)), len(windows))
     joined = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
     return TokenScores(**joined)
 
 
-def _check(model: Scorer, windows: Windows, baseline: Scorer | None) -> None:
+def check(
+    model: Scorer, windows: Windows, baseline: Scorer | LogitsFile | None
+) -> None:
     """Raise SpecError where model, baseline and windows do not belong together."""
     for name, scorer in (("model", model), ("baseline", baseline)):
-        if scorer is not None and windows.context > scorer.max_context:
+        if isinstance(scorer, Scorer) and windows.context > scorer.max_context:
             raise SpecError(
                 f"perplexity: context {windows.context} is longer than the {name}'s "
                 f"context of {scorer.max_context}; use a smaller context"
@@ -158,13 +173,13 @@ def _score_batch(
     model: Scorer, baseline: Scorer | None, tokens: np.ndarray, mask: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Return the scores of one batch's scored tokens."""
-    rows = _rows(model)
-    hidden = _hidden(model.hidden, model.params, tokens)
+    rows = rows_at_once(model)
+    hidden = hidden_states(model, tokens)
     if baseline is None:
         out = _judge(model.logits, model.params, hidden, tokens, rows)
         out = {"nll": out["nll"]}
     else:
-        other = _hidden(baseline.hidden, baseline.params, tokens)
+        other = hidden_states(baseline, tokens)
         out = _compare(
             (model.logits, baseline.logits),
             (model.params, baseline.params),
@@ -174,15 +189,20 @@ def _score_batch(
         )
     keep = mask[:, 1:]
     result = {name: np.asarray(value)[keep] for name, value in out.items()}
-    if not np.isfinite(result["nll"]).all():
+    require_finite(result["nll"])
+    return result
+
+
+def require_finite(nll: np.ndarray) -> None:
+    """Raise NonFiniteError where the model's logits gave no number."""
+    if not np.isfinite(nll).all():
         raise NonFiniteError(
             "perplexity: the model's logits are NaN or infinite; look for non-finite "
             "weights with `qjax inspect`, or use a wider compute dtype"
         )
-    return result
 
 
-def _rows(model: Scorer) -> int:
+def rows_at_once(model: Scorer) -> int:
     """Return how many tokens' logits are formed at once."""
     return max(1, LOGITS_BYTES // (4 * model.vocab_size))
 
@@ -198,14 +218,18 @@ def judge_rows(model: Scorer, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarra
         Log-probabilities `[batch, length]`, and whether each token is the most
         probable one.
     """
-    hidden = _hidden(model.hidden, model.params, tokens)
-    out = _judge(model.logits, model.params, hidden, tokens, _rows(model))
+    hidden = hidden_states(model, tokens)
+    out = _judge(model.logits, model.params, hidden, tokens, rows_at_once(model))
     return -np.asarray(out["nll"]), np.asarray(out["greedy"])
+
+
+def hidden_states(model: Scorer, tokens: np.ndarray) -> Any:
+    """Return what precedes the head, for every token but the last of a row."""
+    return _hidden(model.hidden, model.params, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _hidden(function: Callable[..., Any], params: Any, tokens: Any) -> Any:
-    """Return what precedes the head, for every token but the last of a row."""
     return function(params, tokens[:, :-1])
 
 
@@ -216,7 +240,7 @@ def _judge(head: Any, params: Any, hidden: Any, tokens: Any, rows: int) -> Any:
     def score(block: Any) -> Any:
         h, target = block
         logp = jax.nn.log_softmax(head(params, h).astype(jnp.float32))
-        return {"nll": -_pick(logp, target), "greedy": logp.argmax(-1) == target}
+        return {"nll": -pick(logp, target), "greedy": logp.argmax(-1) == target}
 
     return _in_blocks(score, (hidden, tokens[:, 1:]), rows)
 
@@ -231,17 +255,31 @@ def _compare(heads: Any, params: Any, hidden: Any, tokens: Any, rows: int) -> An
             jax.nn.log_softmax(head(p, x).astype(jnp.float32))
             for head, p, x in zip(heads, params, (h, h_base), strict=True)
         )
-        return {
-            "nll": -_pick(logp, target),
-            "baseline_nll": -_pick(logq, target),
-            "kl": jnp.sum(jnp.exp(logq) * (logq - logp), axis=-1),
-            "agree": logp.argmax(-1) == logq.argmax(-1),
-        }
+        return distances(logp, logq, target)
 
     return _in_blocks(score, (hidden, tokens[:, 1:]), rows)
 
 
-def _pick(logp: Any, target: Any) -> Any:
+def distances(logp: Any, logq: Any, target: Any, floor: float = -math.inf) -> Any:
+    """Return the scores of `TokenScores` from log-probabilities `[n, vocab]`.
+
+    Args:
+        logp: The model's.
+        logq: The baseline's.
+        target: The tokens that follow, `[n]`.
+        floor: Entries that the baseline holds at most this probable add no divergence.
+    """
+    terms = jnp.where(logq > floor, jnp.exp(logq) * (logq - logp), 0.0)
+    return {
+        "nll": -pick(logp, target),
+        "baseline_nll": -pick(logq, target),
+        "kl": jnp.sum(terms, axis=-1),
+        "agree": logp.argmax(-1) == logq.argmax(-1),
+    }
+
+
+def pick(logp: Any, target: Any) -> Any:
+    """Return each row's log-probability of its target."""
     return jnp.take_along_axis(logp, target[:, None], axis=-1)[:, 0]
 
 

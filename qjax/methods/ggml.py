@@ -25,7 +25,6 @@ from qjax.formats.base import check_choice
 from qjax.formats.ggml import Ggml
 from qjax.ggml import GgmlTensor
 from qjax.methods.base import Method
-from qjax.methods.ggml_encode import ENCODERS, encode
 from qjax.methods.statistics import Statistics
 
 _FLOOR = 1e-6
@@ -73,6 +72,8 @@ class GGML(Method):
             )
         matrix = (w.shape[-2], w.shape[-1])
         fmt.grouping(matrix)
+        from qjax.methods.ggml_encode import ENCODERS, encode  # many types, each a file
+
         weights = _imatrix(importance, statistics, w.shape)
         if weights is None and ENCODERS[fmt.type].needy:
             raise SpecError(

@@ -1,9 +1,8 @@
 """llama.cpp's four searches for the scale of a group, over many groups at once.
 
-Arrays hold the elements of a group on axis 0: `x[n, *groups]`, and lanes of the last
-axis are groups, so that one vector instruction works on many. The searches follow the
-C code's arithmetic operation by operation (see `ggml_exact`), so codes equal those of a
-llama.cpp that is built without fused multiply-add. Codes are held in float32.
+Arrays hold the elements of a group on axis 0, `x[n, *groups]`; lanes of the last axis
+are groups. The searches follow the C code operation by operation (see `ggml_exact`), so
+codes, held in float32, equal those of a llama.cpp built without fused multiply-add.
 
 Reference: ggml `src/ggml-quants.c` (MIT): `make_qx_quants`, `make_q3_quants`,
 `make_qkx2_quants`, `make_qkx3_quants`, `make_qp_quants`.

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import qjax
+import qjax.converters.runs as runs
 from qjax.converters.hqq import HQQ, HQQWriter
 from qjax.converters.hqq_parts import flat_state
 from qjax.converters.packed import check_parts
@@ -56,6 +57,7 @@ def layer(out, wide, bits, group, axis, dtype="float32"):
 # group, groups of whole blocks of eight or not
 CASES = [
     (12, 48, 1, 8, 1),
+    (24, 20, 1, 20, 1),
     (12, 24, 2, 24, 1),
     (7, 21, 3, 7, 1),
     (10, 48, 3, 16, 1),
@@ -69,6 +71,11 @@ CASES = [
     (5, 14, 8, 2, 1),
     (9, 4, 8, 3, 0),
 ]
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(runs, "_MATRICES", 2)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qjax.converters.halves as halves
 import qjax.converters.words as words
 from qjax.packing import pack
 
@@ -16,6 +17,7 @@ COUNT, COLS = 37, 5
 def small_pieces(monkeypatch):
     monkeypatch.setattr(words, "_CODES", 16)
     monkeypatch.setattr(words, "_COLUMNS", 3)
+    monkeypatch.setattr(halves, "_WORDS", 2)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -46,6 +48,15 @@ def test_bits_behind_the_last_code(bits, rng):
     want = pack(codes, bits)
     np.testing.assert_array_equal(words.packed_codes(string, bits, COUNT), want)
     np.testing.assert_array_equal(words.codes_of(string, bits, COUNT), codes)
+
+
+@pytest.mark.parametrize("dtype", ["<i4", ">i4", "<i2", "uint16"])
+def test_halves(dtype, rng):
+    nibbles = rng.integers(0, 16, (5, 2, 4))  # word, half, place
+    stored = packers.words(nibbles.reshape(1, -1), 4, 1)
+    stored = stored.view(f"u{np.dtype(dtype).itemsize}").astype(dtype)
+    want = nibbles[:, 0] | nibbles[:, 1] << 4
+    np.testing.assert_array_equal(halves.halves(stored), want.reshape(-1))
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (1, 6), (6, 1)])

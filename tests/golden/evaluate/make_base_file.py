@@ -20,7 +20,7 @@ def main(program: str) -> None:
     """Convert the model to GGUF floats and let llama.cpp read two windows."""
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model.gguf")
-        qjax.convert(EXAMPLES / "model", model, format="gguf:F32")
+        qjax.convert(EXAMPLES / "model", model, "gguf:F32")
         text = EXAMPLES / "data" / "wikitext-2-test.txt"
         command = f"{program} -m {model} -f {text} -c 8 -b 8 --chunks 2"
         file = ["--kl-divergence-base", str(HERE / "llama_cpp.kld")]
