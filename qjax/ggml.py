@@ -6,6 +6,10 @@ those of an integer or table format, and `put_together` is its exact inverse. Ty
 whose codes are wider than their bits in the file (vectors of a grid, trits) are not
 taken apart, for they would grow.
 
+Decoding is exact. Products treat numbers below 2^-126 as 0 where the device does, as
+XLA's CPU and TPU backends do: weights of MXFP4 blocks with the two smallest scales,
+2^-128 and 2^-127, may count as 0, an error of at most 12 * 2^-127 times the input.
+
 A block with a minimum, `w = scale * code - minimum`, gets the zero-point
 `minimum / scale`; where the scale is 0, a scale that is 2^22 times smaller than the
 minimum stands for it.

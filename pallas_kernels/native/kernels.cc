@@ -84,7 +84,7 @@ const Engine& engine() { return *chosen.load(); }
 namespace {
 
 // Rows of W per block. Few rows of x wait for memory, which is fastest when few byte rows
-// are read at once: 64 up to 8 rows of x, fewer for one (measured on Zen 5).
+// are read at once: 64 up to 8 rows of x, fewer for one (measured on EPYC).
 int64_t block_rows(const Call& c) {
   const int64_t most = c.integer_engine ? kBlock : kFloatBlock;
   if (c.transpose || c.strips || c.m > 8) return most;

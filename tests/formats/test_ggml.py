@@ -168,7 +168,7 @@ def test_types():
 
 def test_format():
     fmt = Ggml("q6_k")
-    assert fmt.name == "q6_k" and fmt.block is TYPES["q6_k"]
+    assert fmt.name == "ggml-q6_k" and fmt.block is TYPES["q6_k"]
     assert (fmt.peak, fmt.code_bits) == (1.0, 8)
     assert format_from_dict(fmt.to_dict()) == fmt
     assert fmt.grouping((512, 3)) == Grouping("in", (512, 3), 256)
