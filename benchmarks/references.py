@@ -3,7 +3,7 @@
     command   python benchmarks/references.py [CASE ...] [--seeds 3] [--windows 200]
               [--samples 128] [--steps 50] [--batch 4]
     hardware  any CPU
-    minutes   twenty on two cores for `gptq` and `awq`, MINUTES for `autoround`
+    minutes   twenty on two cores for `gptq` and `awq`, about forty for `autoround`
     result    a Markdown table of reference, ours and their ratio on both texts, means
               over the seeds
 

@@ -40,8 +40,9 @@ def write_gguf_model(
     Args:
       source: qjax artifact, GGUF file, Hugging Face directory or Hub id.
       target: the file.
-      name: a preset of llama.cpp, such as `Q4_K_M`; `F32`, `F16` or `BF16`; or empty
-        for what the source holds: its blocks, or the dtype of its dense weights.
+      name: a preset of llama.cpp, such as `Q4_K_M`, or `Q4_K_M-best` for better blocks;
+        `F32`, `F16` or `BF16`; or empty for what the source holds: its blocks, or the
+        dtype of its dense weights.
       revision: of a Hub id.
       overwrite: replace an existing file.
       calibration: see `quantize_model`; becomes the importance matrix of a preset.
@@ -55,15 +56,18 @@ def write_gguf_model(
       UnsupportedError: the architecture, the tokenizer or a format is not in GGUF.
     """
     name = name.upper()
-    if name and name not in (*FLOATS, *LLAMA_CPP):
+    mixture = name.removesuffix("-BEST")
+    if name and name not in FLOATS and mixture not in LLAMA_CPP:
         known = ", ".join((*FLOATS, *LLAMA_CPP))
-        raise SpecError(f"format gguf:{name}: expected one of {known}")
+        raise SpecError(
+            f"format gguf:{name}: expected one of {known}; or a preset with -best"
+        )
     path = Path(target)
     if not is_gguf(path):
         raise SpecError(f"{path}: expected a file name that ends in .gguf")
     if path.exists() and not overwrite:
         raise SpecError(f"{path}: exists already; --force (overwrite=True) replaces it")
-    if name not in LLAMA_CPP:
+    if mixture not in LLAMA_CPP:
         return _written(source, path, name, revision, overwrite, None)
     stage = path.with_name(f"{path.name}.quantized")
     quantize_checkpoint(
@@ -75,7 +79,7 @@ def write_gguf_model(
         overwrite=True,
         progress=progress,
     )
-    made = _written(stage, path, "", None, overwrite, name)
+    made = _written(stage, path, "", None, overwrite, mixture)
     shutil.rmtree(stage)
     return made
 

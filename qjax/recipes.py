@@ -123,12 +123,14 @@ class Recipe:
         `qjax.models.rotate`. For models with RMS norms.
       mixture: a preset of llama.cpp, such as `Q4_K_M`, whose types depend on the model:
         when a model is quantized, rules for every matrix take its place. Or None.
+      best: whether blocks of `mixture` are better than llama.cpp's; see `GGML`.
     """
 
     rules: tuple[Rule, ...]
     name: str = "custom"
     rotate: int | None = None
     mixture: str | None = None
+    best: bool = False
 
     def match(self, path: str, shape: Sequence[int]) -> Rule | None:
         """The deciding rule of a tensor, or None when it is kept.
@@ -146,6 +148,7 @@ class Recipe:
         """JSON-ready form; `recipe_from_dict` is the inverse."""
         spec = {"name": self.name, "rules": [rule.to_dict() for rule in self.rules]}
         more = {"rotate": self.rotate, "mixture": self.mixture}
+        more["best"] = self.best or None
         return spec | {k: v for k, v in more.items() if v is not None}
 
 
@@ -154,7 +157,7 @@ def recipe_from_dict(spec: Mapping[str, Any], where: str = "recipe") -> Recipe:
 
     Args:
       spec: `{"name": ..., "rules": [{"pattern", "format" | "keep", "method"?}, ...]}`
-        and optionally `"rotate"`.
+        and optionally `"rotate"`, `"mixture"` and `"best"`.
         A format or method may be a preset name (`"int4-g128"`, `"hqq"`).
       where: what errors call the source.
 
@@ -162,7 +165,7 @@ def recipe_from_dict(spec: Mapping[str, Any], where: str = "recipe") -> Recipe:
       SpecError: a field is missing, unknown or of the wrong type.
     """
     rules = spec.get("rules")
-    fields = {"name", "rules", "rotate", "mixture"}
+    fields = {"name", "rules", "rotate", "mixture", "best"}
     if not isinstance(rules, list | tuple) or set(spec) - fields:
         raise SpecError(
             f'{where}: expected {{"name": ..., "rules": [...]}}, got {sorted(spec)}'
@@ -180,7 +183,12 @@ def recipe_from_dict(spec: Mapping[str, Any], where: str = "recipe") -> Recipe:
             f"{where}: mixture is {mixture!r:.100}, expected one of "
             f"{', '.join(LLAMA_CPP)}, or nothing"
         )
-    return Recipe(parsed, str(spec.get("name", "custom")), rotate, mixture)
+    best = spec.get("best", False)
+    if type(best) is not bool or best > (mixture is not None):
+        raise SpecError(
+            f"{where}: best is {best!r:.100}, expected true with a mixture or nothing"
+        )
+    return Recipe(parsed, str(spec.get("name", "custom")), rotate, mixture, best)
 
 
 def _rule(spec: Any, where: str) -> Rule:
@@ -292,8 +300,8 @@ def preset(name: str) -> Recipe:
     """The recipe of a preset name, or of any `METHOD-intB-gG[-sym]` combination.
 
     Args:
-      name: a key of `PRESETS`, one of `LLAMA_CPP`, or for example `hqq-int5-g32`,
-        `rtn-int4`, `int6-g128`.
+      name: a key of `PRESETS`, one of `LLAMA_CPP`, such as `q4_k_m`, or with `-best`
+        behind it for better blocks; or for example `hqq-int5-g32`, `rtn-int4`.
 
     Raises:
       SpecError: unknown name; the message lists near matches.
@@ -304,8 +312,9 @@ def preset(name: str) -> Recipe:
     """
     if name in BEST:
         return BEST[name]
-    if name.upper() in LLAMA_CPP:
-        return Recipe((), name, mixture=name.upper())
+    mixture = name.upper().removesuffix("-BEST")
+    if mixture in LLAMA_CPP:
+        return Recipe((), name, mixture=mixture, best=mixture != name.upper())
     if name in PRESETS:
         return _keep_ends(*PRESETS[name], name)
     found = _NAMED.fullmatch(name)

@@ -1,4 +1,4 @@
-"""llama.cpp's own quantizers, bit for bit, for `Ggml` formats.
+"""llama.cpp's own quantizers, bit for bit, and better ones, for `Ggml` formats.
 
 What llama.cpp calls an imatrix are the mean squares of a layer's inputs: they weigh the
 errors of the inputs' weights, and the types' searches for scales depend on them. Here
@@ -28,7 +28,7 @@ from qjax.methods.base import Method
 from qjax.methods.statistics import Statistics
 
 _FLOOR = 1e-6
-MODES = ("llamacpp",)
+MODES = ("llamacpp", "best")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,9 @@ class GGML(Method):
     """The quantizers of llama.cpp for `Ggml` formats.
 
     Attributes:
-      mode: `llamacpp`, the codes and scales that llama.cpp chooses.
+      mode: `llamacpp`, the codes and scales that llama.cpp chooses, or `best`, which
+        starts from those and only takes what lowers the weighted error of a block; see
+        `qjax.methods.ggml_best`.
 
     Raises:
       SpecError: a field is out of range.
@@ -72,7 +74,15 @@ class GGML(Method):
             )
         matrix = (w.shape[-2], w.shape[-1])
         fmt.grouping(matrix)
+        from qjax.methods.ggml_best import REFINED
         from qjax.methods.ggml_encode import ENCODERS, encode  # many types, each a file
+
+        best = self.mode == "best"
+        if best and fmt.type not in REFINED:
+            raise SpecError(
+                f"{self.name}: no better blocks than llama.cpp's for {fmt.type}; use "
+                f'mode="llamacpp", or one of {", ".join(sorted(REFINED))}'
+            )
 
         weights = _imatrix(importance, statistics, w.shape)
         if weights is None and ENCODERS[fmt.type].needy:
@@ -85,7 +95,7 @@ class GGML(Method):
         def one(args):
             """One matrix of the leading axes."""
             w, weights = args
-            return encode(fmt.type, w.astype(jnp.float32), weights)
+            return encode(fmt.type, w.astype(jnp.float32), weights, best=best)
 
         flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[-2:]), (w, weights))
         codes = jax.lax.map(one, flat)

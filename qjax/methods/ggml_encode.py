@@ -5,8 +5,9 @@ other, so that temporaries stay small (and, on a CPU, in its caches) whatever th
 of the matrix.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from qjax.methods import ggml_iq1 as iq1
 from qjax.methods import ggml_iq4 as iq4
 from qjax.methods import ggml_k as k
 from qjax.methods import ggml_legacy as legacy
+from qjax.methods.ggml_best import refined
 from qjax.methods.ggml_exact import power_of_two, total
 
 
@@ -73,8 +75,9 @@ def encode(
     importance: Float[Array, "in _"] | None = None,
     *,
     chunk: int = 1 << 15,
+    best: bool = False,
 ) -> UInt8[Array, "b out"]:
-    """Quantizes a matrix as llama.cpp does.
+    """Quantizes a matrix as llama.cpp does, or better.
 
     Args:
       kind: name of the type.
@@ -82,11 +85,13 @@ def encode(
       importance: the imatrix: mean squares of the inputs, `[in, 1]`, or of their own
         for every output.
       chunk: weights that are worked on together.
+      best: improve llama.cpp's blocks; see `qjax.methods.ggml_best`.
 
     Returns:
       The blocks of a column one after the other, `[in / elements * bytes, out]`.
     """
     encoder = ENCODERS[kind]
+    run = functools.partial(refined, kind, encoder.run) if best else encoder.run
     rows, out = w.shape
     size = encoder.elements
     square = None
@@ -107,9 +112,11 @@ def encode(
     def one(args):
         """A chunk `[stack, elements, lanes]`."""
         x, weight, square = args
-        turned = [None if a is None else jnp.moveaxis(a, 1, 0) for a in (x, weight)]
+        turned: list[Any] = [
+            None if a is None else jnp.moveaxis(a, 1, 0) for a in (x, weight)
+        ]
         row = (square,) if encoder.row else ()
-        return jnp.moveaxis(encoder.run(*turned, *row), 0, 1)
+        return jnp.moveaxis(run(*turned, *row), 0, 1)
 
     def column(args):
         """All chunks of `stack` blocks on top of each other."""

@@ -11,17 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from qjax.formats.base import divided, rounded
-from qjax.methods.ggml_bytes import (
-    bits_of,
-    groups,
-    half,
-    half_bytes,
-    joined,
-    requantized,
-    stacked,
-    ungrouped,
-)
+from qjax.methods.ggml_bytes import groups, half, requantized, ungrouped
 from qjax.methods.ggml_exact import extreme, inverse, total
+from qjax.methods.ggml_pack import PACK, Parts
 from qjax.methods.ggml_search import (
     TINY,
     Grid,
@@ -40,24 +32,19 @@ Bytes = UInt8[Array, " b *blocks"]
 def q2_k(x: Blocks, importance: Importance) -> Bytes:
     """Groups of 16, 2 bits, scales and minima of 4 bits."""
     grid = Grid(3, -0.5, 0.1, 15, absolute=True)
-    codes, scales, lows, tail = _affine_blocks(x, importance, 16, grid, 15)
-    return stacked(scales + 16 * lows, joined(codes, 2, 32), tail)
+    return PACK["q2_k"](_affine_blocks(x, importance, 16, grid, 15))
 
 
 def q4_k(x: Blocks, importance: Importance) -> Bytes:
     """Groups of 32, 4 bits, scales and minima of 6 bits."""
     grid = Grid(15, -1.0, 0.1, 20)
-    codes, scales, lows, head = _affine_blocks(x, importance, 32, grid, 63)
-    return stacked(head, _six_bit_pairs(scales, lows), joined(codes, 4, 32))
+    return PACK["q4_k"](_affine_blocks(x, importance, 32, grid, 63))
 
 
 def q5_k(x: Blocks, importance: Importance) -> Bytes:
     """Groups of 32, 5 bits, scales and minima of 6 bits."""
     grid = Grid(31, -0.5, 0.1, 15)
-    codes, scales, lows, head = _affine_blocks(x, importance, 32, grid, 63)
-    pairs = _six_bit_pairs(scales, lows)
-    high = joined(bits_of(codes, 4, 1), 1, 32)
-    return stacked(head, pairs, high, joined(bits_of(codes, 0, 15), 4, 32))
+    return PACK["q5_k"](_affine_blocks(x, importance, 32, grid, 63))
 
 
 def q3_k(x: Blocks, importance: Importance) -> Bytes:
@@ -71,14 +58,9 @@ def q3_k(x: Blocks, importance: Importance) -> Bytes:
         weight, mass = _weights(x, importance, 16, 2.0)
         fit = symmetric(grouped, weight, 4)
         step, scales = symmetric(fit.scale, mass, 32)[:2]
-    step = half(step)
-    codes = requantized(grouped, step * (scales - 32), fit.codes, -4, 3)
-    codes = ungrouped(codes)
-    low = joined(bits_of(scales, 0, 15), 4, 8)
-    pairs = joined(bits_of(scales, 4, 3), 2, 4)
-    high = joined(bits_of(codes, 2, 1), 1, 32)
-    codes = joined(bits_of(codes, 0, 3), 2, 32)
-    return stacked(high, codes, low, pairs, half_bytes(step))
+    step, scales = half(step), scales - 32
+    codes = requantized(grouped, step * scales, fit.codes, -4, 3)
+    return PACK["q3_k"](Parts(ungrouped(codes), step, scales))
 
 
 def q6_k(x: Blocks, importance: Importance) -> Bytes:
@@ -94,13 +76,11 @@ def q6_k(x: Blocks, importance: Importance) -> Bytes:
     step, scales = half(step), jnp.minimum(scales, 127)
     codes = requantized(grouped, step * scales, fit.codes, -32, 31)
     codes = ungrouped(jnp.where(zero, 0.0, codes))
-    signed = scales.astype(jnp.int8).view(jnp.uint8)
-    low = joined(bits_of(codes, 0, 15), 4, 64)
-    return stacked(low, joined(bits_of(codes, 4, 3), 2, 32), signed, half_bytes(step))
+    return PACK["q6_k"](Parts(codes, step, scales))
 
 
 def _affine_blocks(x, importance, size: int, grid: Grid, levels: int):
-    """Codes, scales and minima of a type with both, and the bytes of their steps.
+    """The parts of a type with scales and minima.
 
     Args:
       x: blocks.
@@ -129,8 +109,7 @@ def _affine_blocks(x, importance, size: int, grid: Grid, levels: int):
     step, low = half(step), half(low)
     raised = grouped + rounded(low * lows)
     codes = requantized(raised, step * scales, fit.codes, 0, grid.levels)
-    steps = stacked(half_bytes(step), half_bytes(low))
-    return ungrouped(codes), scales, lows, steps
+    return Parts(ungrouped(codes), step, scales, low, lows)
 
 
 def _weights(x, importance, size: int, share: float):
@@ -156,10 +135,3 @@ def _from_extreme(x: Float[Array, " g *blocks"], levels: int):
     inv = -levels / jnp.where(zero, 1.0, top)
     codes = jnp.where(zero, 0.0, jnp.round(inv * x))
     return jnp.where(zero, 0.0, inverse(inv)), codes
-
-
-def _six_bit_pairs(scales, lows):
-    """Eight scales and eight minima of 6 bits in twelve bytes."""
-    first = [part[:4] + 64 * jnp.floor(part[4:] / 16) for part in (scales, lows)]
-    rest = bits_of(scales[4:], 0, 15) | bits_of(lows[4:], 0, 15) << jnp.uint8(4)
-    return stacked(*first, rest)

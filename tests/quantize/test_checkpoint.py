@@ -328,4 +328,4 @@ def test_converting_back_gives_the_dequantized_checkpoint(artifact, tmp_path, ti
     with pytest.raises(SpecError, match="is a qjax artifact already"):
         qjax.convert(artifact[0], tmp_path / "x", "qjax")
     with pytest.raises(SpecError, match="expected one of qjax, safetensors"):
-        qjax.convert(artifact[0], tmp_path / "x", "gguf")
+        qjax.convert(artifact[0], tmp_path / "x", "onnx")
