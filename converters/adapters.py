@@ -10,9 +10,10 @@ share `a`, and each has its columns of `b`.
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,7 +30,10 @@ from qjax.wrappers import InputScaled, LowRank, Transposed
 _log = logging.getLogger(__name__)
 FOLDING = ("AWQ", "SmoothQuant")
 """Methods whose input scales norms may have absorbed."""
+CHANGED = "changed_for_adapter"
+"""Key of a recipe whose weights were changed for one adapter."""
 Parts = Iterable[tuple[Any, Mapping[str, Any]]]
+Adapt = Callable[[str, Any, Factors], Any]
 
 
 def attach(model: Decoder, adapter: Adapter) -> Decoder:
@@ -56,7 +60,11 @@ def attach(model: Decoder, adapter: Adapter) -> Decoder:
 
 
 def attached(
-    config: ModelConfig, parts: Parts, adapter: Adapter, recipe: str | None = None
+    config: ModelConfig,
+    parts: Parts,
+    adapter: Adapter,
+    recipe: str | None = None,
+    adapt: Adapt | None = None,
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The same as `attach`, part by part.
 
@@ -65,6 +73,8 @@ def attached(
       parts: names of parts and their parameters by path, the embeddings first.
       adapter: the adapter.
       recipe: JSON of the recipe that the base was quantized with, or None.
+      adapt: what makes the adapted weight of path, weight and factors; by default
+        `adapted`.
 
     Yields:
       The same names with the adapted parameters. A tied head that no longer equals the
@@ -73,8 +83,9 @@ def attached(
     Raises:
       FormatError, UnsupportedError: see `attach`.
     """
-    _check_recipe(recipe)
-    factors, saved, base = _by_path(config, adapter)
+    check_recipe(recipe, adapter)
+    factors, saved, base = by_path(config, adapter)
+    adapt = adapt or (lambda _, leaf, own: adapted(leaf, own))
     tied = True
     embedding: Any = None
     counts = {"packed": 0, "dense": 0}
@@ -86,7 +97,7 @@ def attached(
         if path in factors:
             packed = isinstance(leaf, QuantizedTensor)
             counts["packed" if packed else "dense"] += 1
-            leaf = _adapted(leaf, factors[path])
+            leaf = adapt(path, leaf, factors[path])
         return leaf
 
     if config.tied and HEAD in base:
@@ -110,22 +121,68 @@ def attached(
     )
 
 
-def _check_recipe(recipe: str | None) -> None:
-    """Refuses a base whose inputs of layers are not those of the original model."""
+def recipe_digest(recipe: str | None) -> str | None:
+    """Digest of a recipe that an adapter of the original model does not fit, or None.
+
+    Args:
+      recipe: its JSON, or None.
+    """
     spec = json.loads(recipe) if recipe else None
-    rotated = isinstance(spec, Mapping) and spec.get("rotate") is not None
-    if rotated or any(f'"kind": "{kind}"' in json.dumps(spec) for kind in FOLDING):
+    text = json.dumps(spec, sort_keys=True)
+    keys = spec if isinstance(spec, Mapping) else {}
+    changed = any(keys.get(key) is not None for key in ("rotate", CHANGED))
+    if changed or any(f'"kind": "{kind}"' in text for kind in FOLDING):
+        return hashlib.sha256(text.encode()).hexdigest()
+    return None
+
+
+def changed_recipe(recipe: str | None, why: Mapping[str, Any]) -> str:
+    """The recipe of a base that was changed for an adapter (PiSSA, LoftQ's rounds).
+
+    Args:
+      recipe: JSON of the recipe that the base was quantized with, or None.
+      why: what it was changed for, JSON-ready.
+    """
+    spec = json.loads(recipe) if recipe else None
+    return json.dumps({**(spec or {}), CHANGED: why})
+
+
+def check_recipe(recipe: str | None, adapter: Adapter) -> None:
+    """Refuses a base that is not what the adapter was trained over.
+
+    Args:
+      recipe: JSON of the recipe that the base was quantized with, or None.
+      adapter: the adapter.
+    """
+    digest = recipe_digest(recipe)
+    if digest == adapter.trained_over:
+        return
+    if adapter.trained_over is not None:
         raise UnsupportedError(
-            "adapter: the base model was rotated, or scales were folded into its "
-            "norms, when it was quantized; an adapter of the original does not fit. "
-            "Quantize with a recipe that leaves activations as they are"
+            "adapter: it was trained over a base that was rotated, had scales folded "
+            "into its norms, or was changed for it (PiSSA, LoftQ); it fits no other "
+            "base: give the one that it was trained over"
         )
+    raise UnsupportedError(
+        "adapter: the base model was rotated, or scales were folded into its norms, "
+        "when it was quantized, or it was changed for another adapter (PiSSA, LoftQ); "
+        "an adapter of the original does not fit. Quantize with a recipe that leaves "
+        "activations as they are"
+    )
 
 
-def _by_path(
+def by_path(
     config: ModelConfig, adapter: Adapter
 ) -> tuple[dict[str, Factors], dict[str, Any], dict[str, Any]]:
-    """Factors, replacing tensors and those of the base by path of the parameter."""
+    """Factors, replacing tensors and those of the base by path of the parameter.
+
+    Args:
+      config: the base model.
+      adapter: the adapter.
+
+    Raises:
+      FormatError: the adapter has layers that the model does not, or other shapes.
+    """
     names = _names(config)
     wanted = [f"{name}.weight" for name in adapter.layers]
     wanted += [*adapter.saved, *adapter.base]
@@ -168,9 +225,9 @@ def _pieces(entry: Entry, own: Factors, name: str) -> dict[str, Factors]:
     """The factors of each weight that a tensor holds."""
     rows = entry.shapes[0][0]
     cols = sum(shape[-1] for shape in entry.shapes)
-    if len(entry.shape) != 2 or (own.a.shape[0], own.b.shape[1]) != (rows, cols):
+    if len(entry.shape) != 2 or (own.inputs, own.b.shape[1]) != (rows, cols):
         raise FormatError(
-            f"adapter: {name:.200} is for a weight [{own.a.shape[0]}, "
+            f"adapter: {name:.200} is for a weight [{own.inputs}, "
             f"{own.b.shape[1]}], the model has [{rows}, {cols}]"
         )
 
@@ -187,22 +244,30 @@ def _pieces(entry: Entry, own: Factors, name: str) -> dict[str, Factors]:
     }
 
 
-def _adapted(leaf: Any, own: Factors) -> Any:
-    """One weight `[in, out]` with its adapter."""
-    a = jnp.asarray(own.a).astype(jnp.float32)
-    b = jnp.asarray(own.b).astype(jnp.float32) * np.float32(own.scaling)
-    packed = isinstance(leaf, QuantizedTensor)
-    if packed:
-        q = LowRank(leaf, a, b)
-        if own.magnitude is None:
-            return q
-        scale = _column_scale(q.dequantize(jnp.float32), own.magnitude)
-        return Transposed(InputScaled(Transposed(q), scale))
-    w = jnp.asarray(leaf).astype(jnp.float32)
-    w = w + jnp.matmul(a, b, precision="highest")
-    if own.magnitude is not None:
-        w = w * _column_scale(w, own.magnitude)
-    return w.astype(leaf.dtype)
+def adapted(leaf: Any, own: Factors) -> Any:
+    """One weight `[in, out]` with its adapter; packed codes stay what they are."""
+    if not isinstance(leaf, QuantizedTensor):
+        return merged(jnp.asarray(leaf), own).astype(leaf.dtype)
+    q = LowRank(leaf, *_product(own))
+    if own.magnitude is None:
+        return q
+    scale = _column_scale(q.dequantize(jnp.float32), own.magnitude)
+    return Transposed(InputScaled(Transposed(q), scale))
+
+
+def merged(w: Any, own: Factors) -> Any:
+    """The dense weight `[in, out]` with its adapter, float32."""
+    a, b = _product(own)
+    w = w.astype(jnp.float32) + jnp.matmul(a, b, precision="highest")
+    if own.magnitude is None:
+        return w
+    return w * _column_scale(w, own.magnitude)
+
+
+def _product(own: Factors) -> tuple[Any, Any]:
+    """Factors `[in, r]` and `[r, out]` whose product is added, float32."""
+    a = jnp.asarray(own.plain().a).astype(jnp.float32)
+    return a, jnp.asarray(own.b).astype(jnp.float32) * np.float32(own.scaling)
 
 
 def _column_scale(w: Any, magnitude: Any) -> Any:

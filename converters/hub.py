@@ -86,6 +86,11 @@ def download_adapter(repo: str, revision: str | None = None) -> Path:
     return directory
 
 
+def download_config(repo: str, revision: str | None = None) -> Path:
+    """Fetch a model's `config.json` alone; see `download`."""
+    return _snapshot(repo, revision, ["config.json"], ["*/*"]) / "config.json"
+
+
 def _snapshot(
     repo: str,
     revision: str | None,

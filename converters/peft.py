@@ -1,4 +1,4 @@
-"""PEFT adapters on disk, read and written: LoRA, rsLoRA and DoRA.
+"""PEFT adapters on disk, read and written: LoRA, rsLoRA, DoRA and QA-LoRA.
 
 A directory holds `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
 Names are those of the base model's modules behind `base_model.model.`:
@@ -9,10 +9,15 @@ Names are those of the base model's modules behind `base_model.model.`:
   `rank_pattern` and `alpha_pattern` change `r` and `alpha` of the layers whose names
   end in what their regular expressions match, the first that does.
 * DoRA: `lora_magnitude_vector [out]`, the norm of every column of the adapted weight.
+* QA-LoRA: `lora_A.weight [r, in / g]` meets the means of `g` inputs, times `in / g`.
 * `modules_to_save` and `bias`: whole tensors, which replace those of the base model;
   `base_layer.weight` is what the base itself was when it was trained.
 
-Reference: PEFT 0.21 `tuners/lora/{config,layer,dora}.py`, `utils/save_and_load.py`.
+Adapters written here say in the file's metadata over which recipe they were trained,
+where it changed what layers are given.
+
+Reference: PEFT 0.21 `tuners/lora/{config,layer,dora,variants}.py`,
+`utils/save_and_load.py`.
 """
 
 import dataclasses
@@ -48,6 +53,7 @@ _log = logging.getLogger(__name__)
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+TRAINED_OVER = "qjax_trained_over"
 _EMBEDDINGS = ("embed_tokens", "embed_in", "embed_out", "lm_head", "wte", "wpe")
 _ENDS = {
     "lora_A.weight": "a",
@@ -62,7 +68,7 @@ _ENDS = {
 def read_adapter(
     directory: str | os.PathLike[str], revision: str | None = None
 ) -> Adapter:
-    """Reads a LoRA, rsLoRA or DoRA adapter.
+    """Reads a LoRA, rsLoRA, DoRA or QA-LoRA adapter.
 
     Args:
       directory: where it lies, or its id on the Hugging Face Hub.
@@ -94,6 +100,9 @@ def read_adapter(
     kind = SafetensorsFile if name == WEIGHTS else TorchFile
     with kind(root / name, contained(root, name)) as file:
         tensors = {tensor: file.read(tensor) for tensor in file.names()}
+        if isinstance(file, SafetensorsFile):
+            known = file.metadata.get(TRAINED_OVER)
+            adapter = dataclasses.replace(adapter, trained_over=known)
     return _filled(adapter, tensors, shown(root / name))
 
 
@@ -158,7 +167,6 @@ def _factors(
     start = "embedding." if embedding else ""
     a, b = parts.get(f"{start}a"), parts.get(f"{start}b")
     magnitude = parts.get("magnitude")
-    rank, scaling = adapter.rank_and_scaling(name)
     expected = {f"{start}a", f"{start}b"} | (
         {"magnitude"} if adapter.use_dora else set()
     )
@@ -166,6 +174,11 @@ def _factors(
         raise FormatError(
             f"{where}: {name!r:.200} has {sorted(parts)}, expected {sorted(expected)}"
         )
+    if embedding and adapter.pool > 1:
+        raise FormatError(
+            f"{where}: {name!r:.200} is an embedding with use_qalora, which has none"
+        )
+    rank, scaling = adapter.rank_and_scaling(name, a.shape[-1] if a.ndim else 1)
     shapes = a.ndim == 2 and b.ndim == 2 and a.shape[0] == rank == b.shape[1]
     if not shapes or not a.size or not b.size:
         raise FormatError(
@@ -177,7 +190,7 @@ def _factors(
             f"{where}: {name!r:.200} has {list(magnitude.shape)} magnitudes, expected "
             f"{[b.shape[0]]}"
         )
-    return Factors(a.T, b.T, scaling, magnitude, embedding)
+    return Factors(a.T, b.T, scaling, magnitude, embedding, adapter.pool)
 
 
 def _warn_of_targets(
@@ -216,19 +229,7 @@ def write_adapter(
     """
     tensors: dict[str, np.ndarray] = {}
     for name, own in adapter.layers.items():
-        stated = adapter.rank_and_scaling(name)
-        if stated[0] != own.a.shape[1] or not math.isclose(stated[1], own.scaling):
-            raise SpecError(
-                f"write_adapter: {name} has rank {own.a.shape[1]} and scale "
-                f"{own.scaling:g}; r, alpha and their patterns give {stated[0]} and "
-                f"{stated[1]:g}"
-            )
-        if (own.magnitude is not None) != adapter.use_dora:
-            raise SpecError(
-                f"write_adapter: {name} has {'' if adapter.use_dora else 'a '}magnitude"
-                f"{' missing' if adapter.use_dora else ''}; use_dora is "
-                f"{adapter.use_dora}"
-            )
+        _check_layer(adapter, name, own)
         a, b = ("embedding_A", "embedding_B") if own.embedding else ("A", "B")
         end = "" if own.embedding else ".weight"
         start = f"{PREFIX}{name}.lora_"
@@ -242,6 +243,31 @@ def write_adapter(
         layer, _, leaf = name.rpartition(".")
         own = f"{layer}.base_layer.{leaf}" if layer in adapter.layers else name
         tensors[PREFIX + own] = tensor
+    metadata = {"format": "pt"}
+    if adapter.trained_over is not None:
+        metadata[TRAINED_OVER] = adapter.trained_over
     with atomic_directory(directory, overwrite=overwrite) as work:
-        write_safetensors(work / WEIGHTS, tensors, metadata={"format": "pt"})
+        write_safetensors(work / WEIGHTS, tensors, metadata=metadata)
         write_bytes(work / CONFIG, encode_object(config_of(adapter)))
+
+
+def _check_layer(adapter: Adapter, name: str, own: Factors) -> None:
+    """Refuses a layer that is not what the settings say."""
+    stated = adapter.rank_and_scaling(name, own.a.shape[0])
+    if stated[0] != own.rank or not math.isclose(stated[1], own.scaling):
+        raise SpecError(
+            f"write_adapter: {name} has rank {own.rank} and scale "
+            f"{own.scaling:g}; r, alpha and their patterns give {stated[0]} and "
+            f"{stated[1]:g}"
+        )
+    if own.pool != adapter.pool:
+        raise SpecError(
+            f"write_adapter: {name} averages {own.pool} inputs, the settings say "
+            f"{adapter.pool}"
+        )
+    if (own.magnitude is not None) != adapter.use_dora:
+        raise SpecError(
+            f"write_adapter: {name} has {'' if adapter.use_dora else 'a '}magnitude"
+            f"{' missing' if adapter.use_dora else ''}; use_dora is "
+            f"{adapter.use_dora}"
+        )

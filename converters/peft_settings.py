@@ -26,7 +26,6 @@ REFUSED = (
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
-    "use_qalora",
     "velora_config",
 )
 """Options that change what an adapter computes, and are not computed here."""
@@ -42,11 +41,13 @@ USED = (
     "lora_alpha",
     "modules_to_save",
     "peft_type",
+    "qalora_group_size",
     "r",
     "rank_pattern",
     "target_modules",
     "task_type",
     "use_dora",
+    "use_qalora",
     "use_rslora",
 )
 WITHOUT_EFFECT = (
@@ -62,7 +63,6 @@ WITHOUT_EFFECT = (
     "lora_ga_config",
     "megatron_core",
     "peft_version",
-    "qalora_group_size",
     "revision",
     "runtime_config",
 )
@@ -73,11 +73,12 @@ class Factors:
     """The adapter of one layer: `W + scaling * a b`, columns scaled to `magnitude`.
 
     Attributes:
-      a: float `[in, r]`; of embeddings `[vocab, r]`.
+      a: float `[in / pool, r]`; of embeddings `[vocab, r]`.
       b: float `[r, out]`.
       scaling: what the product is multiplied by.
       magnitude: norm of every column, `[out]`; None without DoRA.
       embedding: whether the layer is a table of embeddings.
+      pool: inputs that are averaged before they meet `a` (QA-LoRA).
     """
 
     a: np.ndarray
@@ -85,6 +86,29 @@ class Factors:
     scaling: float
     magnitude: np.ndarray | None = None
     embedding: bool = False
+    pool: int = 1
+
+    @property
+    def rank(self) -> int:
+        """Columns of `a`."""
+        return self.a.shape[1]
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of the layer."""
+        return self.a.shape[0] * self.pool
+
+    @property
+    def averages(self) -> int:
+        """Number of averages that PEFT multiplies by; 1 without any."""
+        return self.a.shape[0] if self.pool > 1 else 1
+
+    def plain(self) -> "Factors":
+        """The same without pooling: `a` is `[in, r]`, of float32 if it was pooled."""
+        if self.pool == 1:
+            return self
+        a = np.repeat(np.asarray(self.a, np.float32), self.pool, 0)
+        return dataclasses.replace(self, a=a / np.float32(self.pool), pool=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +131,12 @@ class Adapter:
       ensure_weight_tying: whether PEFT gives a tied head the embedding's adapter; it
         is stored for both.
       fan_in_fan_out: whether the base stores weights `[in, out]` (GPT-2).
+      pool: inputs that QA-LoRA averages; 1 for other adapters. Factors of layers have
+        the number of averages in their scale, which PEFT multiplies by.
       base_model: name of the base model, or None.
       task_type: what PEFT calls the kind of model.
+      trained_over: digest of the recipe of the base it was trained over, if that
+        changed what layers are given; see `recipe_digest`.
     """
 
     layers: Mapping[str, Factors]
@@ -125,14 +153,22 @@ class Adapter:
     bias: str = "none"
     ensure_weight_tying: bool = False
     fan_in_fan_out: bool = False
+    pool: int = 1
     base_model: str | None = None
     task_type: str | None = "CAUSAL_LM"
+    trained_over: str | None = None
 
-    def rank_and_scaling(self, name: str) -> tuple[int, float]:
-        """Rank and scale that the settings give a layer."""
+    def rank_and_scaling(self, name: str, rows: int = 1) -> tuple[int, float]:
+        """Rank and scale that the settings give a layer.
+
+        Args:
+          name: of the layer.
+          rows: of its `a`, which QA-LoRA multiplies by.
+        """
         rank = _by_pattern(self.rank_pattern, name, self.r)
         alpha = _by_pattern(self.alpha_pattern, name, self.alpha)
-        return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        scaling = alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return rank, scaling * (rows if self.pool > 1 else 1)
 
 
 def _by_pattern(values: Mapping[str, Any], name: str, usual: Any) -> Any:
@@ -166,6 +202,14 @@ def adapter_of(data: Mapping[str, Any], where: str) -> Adapter:
             where,
             start,
         )
+    pool = 1
+    if reader.flag("use_qalora", default=False):
+        pool = reader.integer("qalora_group_size", default=16, low=2, high=1 << 16)
+        if reader.flag("use_dora", default=False):
+            raise UnsupportedError(
+                f"{where}: use_qalora with use_dora is not read; PEFT does not compute "
+                "it either"
+            )
     bias = reader.text("bias", default="none")
     if bias not in ("none", "all", "lora_only"):
         raise reader.bad("bias", bias, "none, all or lora_only")
@@ -182,6 +226,7 @@ def adapter_of(data: Mapping[str, Any], where: str) -> Adapter:
         bias=bias,
         ensure_weight_tying=reader.flag("ensure_weight_tying", default=False),
         fan_in_fan_out=reader.flag("fan_in_fan_out", default=False),
+        pool=pool,
         base_model=reader.text("base_model_name_or_path", default=None),
         task_type=reader.text("task_type", default=None),
     )
@@ -216,6 +261,7 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
     targets = adapter.target_modules
     if targets is None:
         targets = sorted({name.rpartition(".")[2] for name in adapter.layers})
+    pooled = {"use_qalora": True, "qalora_group_size": adapter.pool}
     return {
         "peft_type": "LORA",
         "task_type": adapter.task_type,
@@ -234,6 +280,7 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
         "ensure_weight_tying": adapter.ensure_weight_tying,
         "fan_in_fan_out": adapter.fan_in_fan_out,
         "init_lora_weights": True,
+        **(pooled if adapter.pool > 1 else {}),
     }
 
 

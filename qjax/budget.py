@@ -13,7 +13,7 @@ import numpy as np
 
 from qjax.errors import SpecError
 from qjax.formats import Format
-from qjax.methods import Method, Statistics, needs_of
+from qjax.methods import Method, Statistics, needs_of, quantize
 
 STEPS = 4096
 """Parts that the budget is cut into; sizes are rounded up to them."""
@@ -66,15 +66,31 @@ def solve(
 
 
 @functools.cache
-def packed_bytes(shape: tuple[int, int], fmt: Format, method: Method) -> int:
-    """Bytes of a quantized matrix, from its shape alone."""
+def packed_shapes(
+    shape: tuple[int, int], fmt: Format, method: Method, table: bool = False
+) -> Any:
+    """A quantized matrix of `jax.ShapeDtypeStruct`s, from its shape alone.
+
+    Args:
+      shape: `[in, out]`, of a table of embeddings `[vocab, dim]`.
+      fmt: the format.
+      method: the method; calibrated ones get statistics that do not exist either.
+      table: whether it is a table.
+    """
     needs = needs_of(method)
 
     def run(w: Any, statistics: Any) -> Any:
-        return method(w, fmt, statistics=statistics if needs else None)
+        axis = -1 if table else -2
+        used = statistics if needs else None
+        return quantize(w, fmt, method, axis=axis, statistics=used)
 
     w = jax.ShapeDtypeStruct(shape, jnp.float32)
     statistics = jax.eval_shape(
         lambda: Statistics.zeros(shape[-2], hessian=True, cross=True, gradient=shape)
     )
-    return jax.eval_shape(run, w, statistics).nbytes
+    return jax.eval_shape(run, w, statistics)
+
+
+def packed_bytes(shape: tuple[int, int], fmt: Format, method: Method) -> int:
+    """Bytes of a quantized matrix, from its shape alone."""
+    return packed_shapes(shape, fmt, method).nbytes

@@ -3,11 +3,12 @@
 A template comes with a model from a stranger, so it is rendered by `chat_worker` in a
 process of its own, sandboxed by jinja2 and bounded in source, output, memory and time.
 
-Costs: about 0.1 s to start the process; `render` is meant for one conversation at a
-time, not for a training set.
+Costs: about 0.1 s to start the process, for one conversation (`render`) or for a part
+of a training set (`render_many`).
 
 Refuses: templates above 64 KB, inputs that are not plain JSON values, output above
-`OUTPUT_LIMIT` characters, and any rendering that has not ended by the deadline.
+`OUTPUT_LIMIT` characters a conversation and `TOTAL_LIMIT` in all, and any rendering
+that has not ended by the deadline.
 """
 
 import importlib.util
@@ -16,16 +17,30 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from qjax.errors import SpecError
 
 SOURCE_LIMIT = 64 * 1024
 OUTPUT_LIMIT = 4 * 1024 * 1024
+TOTAL_LIMIT = 32 * 1024 * 1024
 MEMORY_LIMIT = 1024 * 1024 * 1024
 SECONDS = 10.0
 
 _WORKER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "chat_worker.py")
+
+
+class Rendering(NamedTuple):
+    """A rendered conversation.
+
+    Attributes:
+        text: What the template wrote.
+        spans: First character and end of every `{% generation %}` block in it, where
+            they were asked for.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
 
 
 def render(
@@ -51,6 +66,37 @@ def render(
         SpecError: The template or an input is not allowed, the template itself raised,
             or a bound was exceeded.
     """
+    check_messages(messages)
+    request = {"messages": list(messages), **variables}
+    return render_many(template, [request], seconds=seconds)[0].text
+
+
+def render_many(
+    template: str,
+    requests: Sequence[Mapping[str, Any]],
+    *,
+    seconds: float = SECONDS,
+    spans: bool = False,
+    now: str | None = None,
+    names: Sequence[str] = (),
+) -> list[Rendering]:
+    """Render many conversations in one process.
+
+    Args:
+        template: Jinja source.
+        requests: What the template reads, by name, of each; `messages` are not checked.
+        seconds: Deadline of all renderings together.
+        spans: Find the `{% generation %}` blocks.
+        now: Time that `strftime_now` shows, in ISO format; None is the clock's.
+        names: What errors call each request.
+
+    Returns:
+        One rendering of each request.
+
+    Raises:
+        SpecError: The template or an input is not allowed, the template itself raised,
+            or a bound was exceeded.
+    """
     if not isinstance(template, str):
         raise SpecError(f"chat template: got {type(template).__name__}, expected str")
     size = len(template.encode("utf-8", "replace"))
@@ -59,19 +105,22 @@ def render(
             f"chat template: {size} bytes of source, at most {SOURCE_LIMIT} are "
             "allowed; use a shorter template"
         )
-    check_messages(messages)
-    values = {"messages": list(messages), **variables}
-    for name, value in values.items():
-        _check_plain(value, name)
+    for values in requests:
+        for name, value in values.items():
+            _check_plain(value, name)
     request = {
         "template": template,
-        "variables": values,
+        "requests": list(requests),
+        "spans": spans,
+        "now": now,
         "path": _jinja_path(),
         "output_limit": OUTPUT_LIMIT,
+        "total_limit": TOTAL_LIMIT,
         "memory_bytes": MEMORY_LIMIT,
         "seconds": seconds,
     }
-    return _answer(_run_worker(request, seconds))
+    found = _answer(_run_worker(request, seconds), names)
+    return [Rendering(text, tuple(map(tuple, marked))) for text, marked in found]
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
@@ -146,30 +195,34 @@ def _run_worker(request: dict[str, Any], seconds: float) -> bytes | None:
     return done.stdout if done.returncode == 0 else b""
 
 
-def _answer(output: bytes | None) -> str:
-    """Turn the worker's output into text or a SpecError."""
+def _answer(output: bytes | None, names: Sequence[str]) -> list[Any]:
+    """Turn the worker's output into texts with their spans, or a SpecError."""
+    where = "chat template"
+    if len(names) > 1:
+        where = f"{names[0]} to {names[-1]}: chat template"
     if output is None:
         raise SpecError(
-            "chat template: rendering did not end by the deadline; the template has "
+            f"{where}: rendering did not end by the deadline; the template has "
             "an endless or very long loop"
         )
     if not output:
         raise SpecError(
-            "chat template: the rendering process was stopped: the template used too "
+            f"{where}: the rendering process was stopped: the template used too "
             "much memory or processor time"
         )
     answer = json.loads(output)
-    if "text" in answer:
-        return answer["text"]
-    kind, message = answer["error"], answer["message"]
+    if "renderings" in answer:
+        return answer["renderings"]
+    kind, message, index = answer["error"], answer["message"], answer["index"]
+    where = f"{names[index]}: chat template" if index < len(names) else "chat template"
     if kind == "output":
-        raise SpecError(
-            f"chat template: the rendered text exceeds {OUTPUT_LIMIT} characters"
-        )
+        raise SpecError(f"{where}: the rendered text exceeds {OUTPUT_LIMIT} characters")
+    if kind == "total":
+        raise SpecError(f"{where}: the texts so far exceed {TOTAL_LIMIT} characters")
     if kind == "memory":
         raise SpecError(
-            f"chat template: rendering needs more than {MEMORY_LIMIT} bytes of memory"
+            f"{where}: rendering needs more than {MEMORY_LIMIT} bytes of memory"
         )
     if kind == "SecurityError":
-        raise SpecError(f"chat template: refused by the sandbox: {message}")
-    raise SpecError(f"chat template: {message or kind}")
+        raise SpecError(f"{where}: refused by the sandbox: {message}")
+    raise SpecError(f"{where}: {message or kind}")

@@ -1,4 +1,4 @@
-"""Renders one chat template in a process of its own; run by `qjax.chat`.
+"""Renders a chat template in a process of its own; run by `qjax.chat`.
 
 Reads one JSON request from standard input and writes one JSON answer to standard
 output. It imports neither qjax nor jax, so that it starts quickly, and it is a process
@@ -12,6 +12,8 @@ time than the request allows.
 """
 
 import json
+import re
+import secrets
 import sys
 from datetime import datetime
 
@@ -33,18 +35,26 @@ def limit_resources(memory_bytes, seconds):
 
 
 def make_extension():
-    """Return the extension that renders `{% generation %}` blocks as their body."""
+    """Return the extension that renders `{% generation %}` blocks as their body.
+
+    The environment's `marks`, where it has them, are written around the body.
+    """
     from jinja2 import nodes
     from jinja2.ext import Extension
 
     class Generation(Extension):
-        """Marks what the assistant says, for training; nothing to do here."""
+        """Marks what the assistant says, for training."""
 
         tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser):
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            if marks := getattr(self.environment, "marks", None):
+                first, last = (
+                    nodes.Output([nodes.TemplateData(mark)]) for mark in marks
+                )
+                body = [first, *body, last]
             return nodes.Scope(body).set_lineno(line)
 
     return Generation
@@ -85,8 +95,12 @@ def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=Fa
     )
 
 
-def build_environment():
-    """Return the sandboxed environment chat templates are compiled in."""
+def build_environment(marks, now):
+    """Return the sandboxed environment chat templates are compiled in.
+
+    `marks`, a pair of strings or None, surround what the assistant says; `now` is the
+    time that templates see, or None for the clock's.
+    """
     import jinja2
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -99,33 +113,60 @@ def build_environment():
         lstrip_blocks=True,
         extensions=[make_extension(), loopcontrols],
     )
+    environment.extend(marks=marks)
     environment.filters["tojson"] = tojson
+    fixed = None if now is None else datetime.fromisoformat(now)
     environment.globals.update(
         raise_exception=raise_exception,
-        strftime_now=lambda form: datetime.now().strftime(form),
+        strftime_now=lambda form: (fixed or datetime.now()).strftime(form),
         namespace=make_namespace(),
         dict=lambda *args, **kwargs: dict(*args, **kwargs),
     )
     return environment
 
 
+def split_marks(text, marks):
+    """Return `text` without marks, and first character and end of what they enclose."""
+    pieces, spans, size, start = [], [], 0, 0
+    for piece in re.split("(" + "|".join(map(re.escape, marks)) + ")", text):
+        if piece == marks[0]:
+            start = size
+        elif piece == marks[1]:
+            spans.append((start, size))
+        else:
+            pieces.append(piece)
+            size += len(piece)
+    return "".join(pieces), spans
+
+
 def render(request):
-    """Return the answer to `request`: its text, or the kind and words of an error."""
-    environment = build_environment()
+    """Return the answer to `request`: texts, or the kind and words of an error."""
+    marks = None
+    if request["spans"]:  # random, so that no message can hold them
+        marks = [f"<{secrets.token_hex(16)}>" for _ in range(2)]
+    environment = build_environment(marks, request["now"])
     limit_resources(request["memory_bytes"], request["seconds"])
-    pieces, size = [], 0
+    renderings, total, index = [], 0, 0
     try:
         template = environment.from_string(request["template"])
-        for piece in template.generate(**request["variables"]):
-            size += len(piece)
-            if size > request["output_limit"]:
-                return {"error": "output", "message": ""}
-            pieces.append(piece)
+        for index, variables in enumerate(request["requests"]):
+            pieces, size = [], 0
+            for piece in template.generate(**variables):
+                size += len(piece)
+                if size > request["output_limit"]:
+                    return {"error": "output", "message": "", "index": index}
+                pieces.append(piece)
+            total += size
+            if total > request["total_limit"]:
+                return {"error": "total", "message": "", "index": index}
+            text = "".join(pieces)
+            renderings.append(split_marks(text, marks) if marks else (text, ()))
     except MemoryError:
-        return {"error": "memory", "message": ""}
+        return {"error": "memory", "message": "", "index": index}
     except Exception as error:
-        return {"error": type(error).__name__, "message": str(error)[:2000]}
-    return {"text": "".join(pieces)}
+        message = str(error)[:2000]
+        return {"error": type(error).__name__, "message": message, "index": index}
+    return {"renderings": renderings}
 
 
 def main():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from qjax.artifact import (
     Artifact,
@@ -147,8 +148,8 @@ def load(
       dtype: compute dtype, which dense parameters are held in; default float32 on CPU,
         bfloat16 elsewhere.
       verify: check an artifact's digests.
-      adapter: directory or Hub id of a PEFT adapter (LoRA, rsLoRA, DoRA). Packed
-        weights stay packed under it, dense ones take it in.
+      adapter: directory or Hub id of a PEFT adapter (LoRA, rsLoRA, DoRA, QA-LoRA).
+        Packed weights stay packed under it, dense ones take it in.
 
     Returns:
       `(model, tokenizer)`: a `qjax.models.Decoder` and a `qjax.text.Tokenizer`.
@@ -235,7 +236,8 @@ def save(
       overwrite: replace an existing model directory.
 
     Raises:
-      SpecError: the target exists, or the model has no config.json to copy.
+      SpecError: the target exists, the model has no config.json to copy, or it has
+        adapters under training.
       QjaxError: no space left; the old state is intact.
     """
     assets = getattr(model, "assets", None)
@@ -243,6 +245,11 @@ def save(
         raise SpecError(
             "save: the model was not made by qjax.load or qjax.quantize_model, so "
             "there is no config.json to store with it"
+        )
+    if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
+        raise SpecError(
+            "save: the model has adapters under training; write them with "
+            "qjax.train.save_adapter, or merge them first with qjax.train.merge"
         )
     write_artifact(directory, model.parts(), assets, overwrite=overwrite)
 

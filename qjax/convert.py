@@ -62,6 +62,7 @@ def convert(
     overwrite: bool = False,
     requantize: bool = False,
     calibration: Any = None,
+    form: str = "plain",
 ) -> Converted:
     """Writes `source` as `fmt`.
 
@@ -76,12 +77,15 @@ def convert(
         `hqq`, `compressed-tensors`, `quanto`, `mlx` (a Hugging Face directory whose
         codes are those of the source). `gguf` writes one file with the blocks, or the
         dense weights, of the source, `gguf:Q4_K_M` and its like quantize a dense one.
+        `peft` writes an adapter, which the source is then; see
+        `qjax.converters.peft_forms.convert_adapter`.
       revision: of a Hub id.
       overwrite: replace an existing model directory.
       requantize: round what the format of another library cannot hold exactly, rather
         than refuse it: the scales alone to float16 where that is enough, otherwise the
         weight to the format's usual settings.
       calibration: text or token ids, for presets of `gguf`; see `quantize_model`.
+      form: of an adapter; see `convert_adapter`.
 
     Returns:
       What became of the weights.
@@ -105,12 +109,19 @@ def convert(
             calibration=calibration,
         )
         return report
-    if fmt not in FORMATS:
-        raise SpecError(
-            f"format {fmt!r}: expected one of {', '.join(FORMATS)}, or gguf:PRESET"
-        )
+    if fmt != "peft":
+        check_format(fmt)
     if calibration is not None:
         raise SpecError(f"format {fmt!r}: only presets of gguf take a calibration text")
+    if form != "plain" and fmt != "peft":
+        raise SpecError(f"format {fmt!r}: only peft has forms, got form={form!r}")
+    if fmt == "peft":
+        from qjax.converters.peft_forms import convert_adapter
+
+        report.exact = convert_adapter(
+            source, target, form=form, revision=revision, overwrite=overwrite
+        )
+        return report
     if is_artifact(source):
         if fmt == "qjax":
             raise SpecError(f"{os.fspath(source)}: is a qjax artifact already")
@@ -118,7 +129,7 @@ def convert(
         copied = {n: p for n, p in artifact.files.items() if n in TOKENIZER_FILES}
         parts = (part for _, part in artifact.parts())
         config = artifact.config
-        _write(target, config, parts, copied, fmt, overwrite, requantize, report)
+        write_parts(target, config, parts, copied, fmt, overwrite, requantize, report)
         return report
     with open_checkpoint(source, revision) as checkpoint:
         packed = open_packed(checkpoint)
@@ -126,7 +137,9 @@ def convert(
             parts = (part for _, part in checkpoint_parts(packed))
             files = checkpoint.tokenizer_files
             config = checkpoint.config
-            _write(target, config, parts, files, fmt, overwrite, requantize, report)
+            write_parts(
+                target, config, parts, files, fmt, overwrite, requantize, report
+            )
             return report
         if packed.kind is not None:
             assets = Assets(str(checkpoint.directory))
@@ -139,17 +152,37 @@ def convert(
     return report
 
 
-def _write(
+def check_format(fmt: str) -> None:
+    """Refuses the name of a format that `write_parts` does not write."""
+    if fmt not in FORMATS:
+        raise SpecError(
+            f"format {fmt!r}: expected one of {', '.join(FORMATS)}, gguf:PRESET, or "
+            "peft for an adapter"
+        )
+
+
+def write_parts(
     target, config, parts, files, fmt, overwrite, requantize, report: Converted
 ) -> None:
-    """A Hugging Face directory, whose config.json says how it is packed, if it is."""
+    """A Hugging Face directory, whose config.json says how it is packed, if it is.
+
+    Args:
+      target: directory to write.
+      config: config.json.
+      parts: parameters by path, part by part.
+      files: tokenizer files by name.
+      fmt: `safetensors`, or the format of another library.
+      overwrite: replace an existing model directory.
+      requantize: see `convert`.
+      report: is filled.
+    """
     from qjax.converters.packed_write import EMBEDDINGS, WRITERS
     from qjax.converters.quanto import QuantoWriter
 
     plain = {k: v for k, v in config.items() if k not in (*SETTINGS, "quantization")}
     if fmt == "safetensors":
         tensors = _tensors(plain, parts, lambda *_: None, report)
-        write_checkpoint(target, plain, tensors, files, overwrite=overwrite)
+        write_checkpoint(target, lambda: plain, tensors, files, overwrite=overwrite)
         return
     writer, where = WRITERS[fmt](), os.fspath(target)
     pack = _packer(writer, where, fmt in EMBEDDINGS, requantize)
@@ -181,15 +214,18 @@ def _tensors(
     """Name and array of every tensor of the directory, one part in memory.
 
     Args:
-      config: config.json.
+      config: config.json; is told when a head turns out not to be tied.
       parts: parameters by path.
       pack: gives the tensors of a quantized layer; None to write it dense.
       report: is filled.
     """
     from qjax.models import ModelConfig, plan
+    from qjax.models.weights import HEAD
 
     entries = plan(ModelConfig.from_hf(config))
     for part in parts:
+        if HEAD in part:
+            config["tie_word_embeddings"] = False
         for entry in entries:
             if not all(path in part for path in entry.paths):
                 continue

@@ -210,6 +210,38 @@ class RoundedInputs(Wrapper):
 
 @pytree_node
 @dataclasses.dataclass(frozen=True, repr=False)
+class Trained(Wrapper):
+    """`w = base`, whose gradient goes to a float weight: what training multiplies by.
+
+    Products are those of the base, bit for bit; their gradient is that of
+    `round(x) dense`. See `qjax.ops.trained`.
+
+    Attributes:
+      dense: float `[*lead, in, out]`, what the base decodes to, differentiable.
+      inputs: float32 `[*lead]`, the learned static scale of a base in `RoundedInputs`,
+        of the same value as its own; or None.
+      active: bool `[*lead]`; where false, products are those of `dense` and activations
+        are not rounded. None for always.
+      backward: which products of the gradient round their operands to int8, of
+        `"dgrad"` and `"wgrad"`.
+    """
+
+    dense: Any
+    inputs: Any = None
+    active: Any = None
+    backward: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
+        """The dense weight, differentiable."""
+        return self.dense.astype(dtype or self.dtype)
+
+    def compose(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The base itself."""
+        return w
+
+
+@pytree_node
+@dataclasses.dataclass(frozen=True, repr=False)
 class LowRank(Wrapper):
     """`w = base + a b`: low-rank repair of the rounding error.
 

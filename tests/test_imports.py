@@ -62,6 +62,7 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
 # Imported only inside the functions that need them.
 HEAVY = {"torch", "transformers", "matplotlib", "lm_eval", "datasets", "pandas"}
+HEAVY |= {"grain", "pyarrow"}
 
 
 def _modules() -> Iterator[tuple[str, Path]]:

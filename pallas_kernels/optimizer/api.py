@@ -91,6 +91,7 @@ def adamw8(
     b2: Any = 0.999,
     eps: Any = 1e-8,
     weight_decay: Any = 1e-4,
+    gradient_scale: Any = 1.0,
     backend: str = "xla",
     config: Any = None,
     interpret: Any = False,
@@ -113,6 +114,7 @@ def adamw8(
       b2: decay of the second moment.
       eps: added to the root.
       weight_decay: decoupled decay.
+      gradient_scale: what the gradient is multiplied by first, as clipping does.
       backend: "xla", "tpu", "gpu" or "reference".
       config: the backend's tiles; default its tuned table.
       interpret: run the kernel's interpreter: True or the backend's parameters.
@@ -127,7 +129,9 @@ def adamw8(
     Reference: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv
     2110.02861; Loshchilov and Hutter, arXiv 1711.05101.
     """
-    hyper = hyper_vector(learning_rate, b1, b2, eps, weight_decay, count)
+    hyper = hyper_vector(
+        learning_rate, b1, b2, eps, weight_decay, count, gradient_scale
+    )
     run = _backend("adamw8", p, g, state, AdamW8, backend, config, interpret)
     p, mc, ma, vc, va = run(p, g, state, hyper)
     return p, AdamW8(Moment8(mc, ma), Moment8(vc, va))
@@ -142,6 +146,7 @@ def lion8(
     b1: Any = 0.9,
     b2: Any = 0.99,
     weight_decay: Any = 1e-3,
+    gradient_scale: Any = 1.0,
     backend: str = "xla",
     config: Any = None,
     interpret: Any = False,
@@ -159,6 +164,7 @@ def lion8(
       b1: weight of the moment in the direction.
       b2: decay of the moment.
       weight_decay: decoupled decay.
+      gradient_scale: what the gradient is multiplied by first, as clipping does.
       backend: "xla", "tpu", "gpu" or "reference".
       config: the backend's tiles; default its tuned table.
       interpret: run the kernel's interpreter: True or the backend's parameters.
@@ -172,7 +178,7 @@ def lion8(
     Reference: Chen et al., Symbolic Discovery of Optimization Algorithms, arXiv
     2302.06675.
     """
-    hyper = hyper_vector(learning_rate, b1, b2, 0.0, weight_decay, 1)
+    hyper = hyper_vector(learning_rate, b1, b2, 0.0, weight_decay, 1, gradient_scale)
     run = _backend("lion8", p, g, state, Lion8, backend, config, interpret)
     p, codes, absmax = run(p, g, state, hyper)
     return p, Lion8(Moment8(codes, absmax))

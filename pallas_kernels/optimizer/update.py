@@ -6,6 +6,8 @@ parameter before the step, and both are scaled by the learning rate):
     m = b1 m + (1 - b1) g              v = b2 v + (1 - b2) g^2
     p = p - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + wd p)
 
+`g` is the gradient times `scale`, with which a caller clips without a copy of it.
+
 Lion, as `optax.lion`: `p = p - lr (sign(b1 m + (1 - b1) g) + wd p)`, then
 `m = b2 m + (1 - b2) g`. Moments enter decoded and leave unrounded into the step: only
 what is stored is rounded.
@@ -41,22 +43,25 @@ class Hyper(NamedTuple):
     c2: Any
     eps: Any
     decay: Any
+    scale: Any
 
 
-def hyper_vector(lr, b1, b2, eps, decay, count) -> Any:
+def hyper_vector(lr, b1, b2, eps, decay, count, scale=1.0) -> Any:
     """The fields of `Hyper` for step `count` (from 1) as one float32 vector."""
-    lr, b1, b2, eps, decay, count = (
-        jnp.asarray(x).astype(jnp.float32) for x in (lr, b1, b2, eps, decay, count)
+    given = (lr, b1, b2, eps, decay, count, scale)
+    lr, b1, b2, eps, decay, count, scale = (
+        jnp.asarray(x).astype(jnp.float32) for x in given
     )
     # 1 - b**t without the cancellation.
     c1, c2 = (-1.0 / jnp.expm1(count * jnp.log1p(b - 1.0)) for b in (b1, b2))
-    return jnp.stack([lr, b1, b2, c1, c2, eps, decay])
+    return jnp.stack([lr, b1, b2, c1, c2, eps, decay, scale])
 
 
 def adamw(
     p: Any, g: Any, m: Any, v: Any, h: Hyper, root: Any = jnp.sqrt
 ) -> tuple[Any, Any, Any]:
     """New `(p, m, v)` of float32 arrays; `root` is the backend's square root."""
+    g = g * h.scale
     m = h.b1 * m + (1.0 - h.b1) * g
     v = h.b2 * v + (1.0 - h.b2) * (g * g)
     step = (m * h.c1) / (root(v * h.c2) + h.eps) + h.decay * p
@@ -66,6 +71,7 @@ def adamw(
 
 def lion(p: Any, g: Any, m: Any, h: Hyper) -> tuple[Any, Any]:
     """New `(p, m)` of float32 arrays."""
+    g = g * h.scale
     step = sign(h.b1 * m + (1.0 - h.b1) * g) + h.decay * p
     m = h.b2 * m + (1.0 - h.b2) * g
     return p - h.lr * step, jnp.where(jnp.abs(m) <= _MAX, m, 0.0)

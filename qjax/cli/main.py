@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Annotated, Any, Union
 
 import tyro
 
@@ -31,14 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       Exit status: 0, 2 for bad input (with one line on standard error), 130 when
       interrupted.
     """
-    verb = tyro.extras.subcommand_cli_from_dict(
-        {name: verb for name, verb in VERBS.items()},
-        prog="qjax",
-        description="Quantized large language models in JAX.",
-        args=None if argv is None else list(argv),
-    )
+    arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        verb.run()
+        _parse(arguments).run()
     except QjaxError as error:
         text = " ".join(str(error).split())
         print(f"qjax: error: {text}", file=sys.stderr)
@@ -47,3 +43,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("qjax: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _parse(arguments: list[str]) -> Any:
+    """The verb that a command line names, with its options."""
+    verbs: list[Any] = [
+        Annotated[verb, tyro.conf.subcommand(name)] for name, verb in VERBS.items()
+    ]
+    if arguments[:1] not in [[name] for name in VERBS]:
+        # Only where it may be meant: what it imports takes as long as all the rest.
+        from qjax.cli.finetune import Finetune, defaults
+        from qjax.cli.plan import Plan
+
+        start = defaults(arguments)
+        verbs.append(
+            Annotated[Finetune, tyro.conf.subcommand("finetune", default=start)]
+        )
+        verbs.append(Annotated[Plan, tyro.conf.subcommand("plan")])
+    union: Any = Union[tuple(verbs)]  # noqa: UP007
+    return tyro.cli(
+        union,
+        prog="qjax",
+        description="Quantized large language models in JAX.",
+        args=arguments,
+        config=(tyro.conf.AvoidSubcommands,),
+    )

@@ -64,6 +64,7 @@ def attend(
     scale: float | Float[Array, ""],
     window: Int[Array, ""] | None = None,
     softcap: float | None = None,
+    segments: tuple[Int[Array, "batch time"], Int[Array, "batch length"]] | None = None,
 ) -> Float[Array, "batch time kv_heads groups head_dim"]:
     """Returns softmax(cap(scale q k^T) + mask) v.
 
@@ -79,6 +80,7 @@ def attend(
         scale: Factor of the scores.
         window: Number of positions seen, or None for all.
         softcap: Bound of the scores, or None.
+        segments: Samples of queries and of keys, which see their own only.
 
     Returns:
         The weighted values, in the dtype of `q`.
@@ -93,30 +95,40 @@ def attend(
     seen = (distance >= 0) & (keys >= 0)[:, None, :]
     if window is not None:
         seen &= distance < window
+    if segments is not None:
+        seen &= segments[0][:, :, None] == segments[1][:, None, :]
     scores = jnp.where(seen[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     return jnp.einsum("bhgts,bhsd->bthgd", weights, v.astype(q.dtype))
 
 
-def _attend_in_parts(q, k, v, queries, keys, **options):
-    """Does what `attend` does, a bounded number of queries at a time."""
+def _attend_in_parts(q, k, v, queries, keys, segments=None, **options):
+    """Does what `attend` does, a bounded number of queries at a time.
+
+    A gradient computes the scores of a part again, so they never exist for all queries.
+    """
     time, length = q.shape[1], k.shape[2]
     heads = q.shape[0] * q.shape[2] * q.shape[3]
     part = max(1, MAX_SCORES // (heads * length))
     if time <= part:
-        return attend(q, k, v, queries, keys, **options)
+        pair = None if segments is None else (segments, segments)
+        return attend(q, k, v, queries, keys, segments=pair, **options)
     count = -(-time // part)
     spare = count * part - time
     q = jnp.pad(q, [(0, 0), (0, spare)] + [(0, 0)] * 3)
     queries = jnp.pad(queries, [(0, 0), (0, spare)], constant_values=-1)
+    own = None if segments is None else jnp.pad(segments, [(0, 0), (0, spare)])
 
     def split(x: Array) -> Array:
         return jnp.moveaxis(x.reshape(x.shape[0], count, part, *x.shape[2:]), 1, 0)
 
-    done = jax.lax.map(
-        lambda one: attend(one[0], k, v, one[1], keys, **options),
-        (split(q), split(queries)),
-    )
+    @jax.checkpoint
+    def one(items):
+        q, queries, own = items
+        pair = None if own is None or segments is None else (own, segments)
+        return attend(q, k, v, queries, keys, segments=pair, **options)
+
+    done = jax.lax.map(one, jax.tree.map(split, (q, queries, own)))
     done = jnp.moveaxis(done, 0, 1)
     return done.reshape(q.shape)[:, :time]
 
@@ -194,14 +206,16 @@ class Attention(nnx.Module):
         where = (positions.queries, positions.keys)
         softcap = options["softcap"]
 
-        def plain(q, k, v, queries, keys, scale, window):
+        def plain(q, k, v, queries, keys, scale, window, segments=None):
             groups = config.heads // config.kv_heads
             q = q.reshape(*q.shape[:2], config.kv_heads, groups, config.head_dim)
             options = {"scale": scale, "window": window, "softcap": softcap}
+            options |= {"segments": segments}
             return _attend_in_parts(q, k, v, queries, keys, **options)
 
         if cache is None or not isinstance(stored, FloatKV):
-            return plain(q, k, v, *where, options["scale"], options["window"])
+            how = (options["scale"], options["window"], positions.segments)
+            return plain(q, k, v, *where, *how)
 
         def layer_wise(q, keys, values, queries, positions, layer, scale, window):
             k, v = FloatKV(keys, values).read(layer)

@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from qjax.errors import SpecError
 from qjax.models.attention import Attention, LayerNumbers
 from qjax.models.cache import FloatKV, LayerCache, Positions, QuantizedKV
 from qjax.models.config import ModelConfig
@@ -90,6 +92,8 @@ def run_blocks(
     positions: Positions,
     numbers: LayerNumbers,
     cache: FloatKV | QuantizedKV | None = None,
+    remat: str = "none",
+    view: Any = None,
 ) -> tuple[Float[Array, "batch time dim"], FloatKV | QuantizedKV | None]:
     """Runs a stack of blocks one after the other in a single scan.
 
@@ -99,6 +103,8 @@ def run_blocks(
         positions: What all layers share.
         numbers: Per-layer numbers with the same leading axis.
         cache: Keys and values of the run, carried and updated in place.
+        remat: What a gradient finds stored, see `REMAT`.
+        view: A layer's block to the one that runs in its place.
 
     Returns:
         The residual stream and the updated keys and values.
@@ -111,19 +117,48 @@ def run_blocks(
 
     def step(carry: Any, item: Any) -> tuple[Any, None]:
         x, stored = carry
+        x = checkpoint_name(x, "stream")
         dense, numbers, layer = item
         one = [
             layer_of(leaf, layer) if cut is None else cut
             for leaf, cut in zip(leaves, dense, strict=True)
         ]
-        view = None if stored is None else LayerCache(stored, layer)
+        own = None if stored is None else LayerCache(stored, layer)
         block = nnx.merge(graph, jax.tree.unflatten(tree, one))
-        x, view = block(x, positions, numbers, view)
-        return (x, None if view is None else view.stored), None
+        block = block if view is None else view(block)
+        x, own = block(x, positions, numbers, own)
+        return (x, None if own is None else own.stored), None
 
     layers = jnp.arange(count, dtype=jnp.int32)
+    step = stored_by(remat, step)
     (x, cache), _ = jax.lax.scan(step, (x, cache), (dense, numbers, layers))
     return x, cache
+
+
+REMAT = ("none", "block", "offload")
+"""What a gradient finds stored: everything; each block's input, the rest is computed
+again; or that input in the host's memory, fetched when its block is due."""
+
+
+def stored_by(remat: str, step: Any) -> Any:
+    """Returns the body of a scan over blocks whose gradient stores what `remat` says.
+
+    Raises:
+        SpecError: `remat` is not one of `REMAT`.
+    """
+    if remat not in REMAT:
+        raise SpecError(f"remat={remat!r}; expected one of {REMAT}")
+    if remat == "none":
+        return step
+    policy = None
+    if remat == "offload":
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["stream"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    return jax.checkpoint(step, policy=policy, prevent_cse=False)
 
 
 def is_packed(leaf: Any) -> bool:

@@ -188,6 +188,8 @@ class Positions:
         cos: Rotary cosines `[tables, batch, time, half]`; None without rotary.
         sin: Rotary sines.
         index: First cache slot this call writes.
+        segments: Number of the sample that each token belongs to, where rows hold
+            several that do not see each other; only without a cache.
     """
 
     queries: Int[Array, "batch time"]
@@ -195,6 +197,7 @@ class Positions:
     cos: Float[Array, "tables batch time half"] | None
     sin: Float[Array, "tables batch time half"] | None
     index: Int[Array, ""]
+    segments: Int[Array, "batch time"] | None = None
 
 
 def positions_from_mask(mask: Bool[Array, "batch time"]) -> Int[Array, "batch time"]:

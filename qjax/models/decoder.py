@@ -8,6 +8,8 @@ Refuses parameter dicts that do not fit the configuration, naming every path. Co
 building stacks copies each layer's parameters once; logits are float32.
 """
 
+import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -26,6 +28,7 @@ from qjax.models.layers import Embedding, Norm, below, leaves_of, linear, wide_m
 from qjax.models.rope import rope_angles
 from qjax.models.stacks import Stacks
 from qjax.models.weights import HEAD, param_shapes
+from qjax.nn.lora import LoRALinear
 from qjax.ops import canonical
 
 
@@ -107,12 +110,33 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         *,
         positions: Int[Array, "batch time"] | None = None,
+        segments: Int[Array, "batch time"] | None = None,
+        remat: str = "none",
+        view: Any = None,
     ) -> tuple[Float[Array, "batch time dim"], KVCache | None]:
         """Returns what `logits` takes: the stream after the last norm; and the cache.
 
-        Prefill uses it to compute logits of the last token only.
+        Prefill uses it to compute logits of the last token only, training to compute
+        those of a few tokens at a time.
+
+        Args:
+            tokens: Token ids.
+            cache: See `__call__`.
+            positions: See `__call__`.
+            segments: Number of the sample that each token belongs to, where rows hold
+                several that must not see each other.
+            remat: What a gradient finds stored, one of `qjax.models.block.REMAT`.
+            view: `(run, block)` to the block that runs in its place, inside the scan
+                over layers; see `qjax.train.parallel`.
+
+        Raises:
+            SpecError: As `__call__`; segments with a cache; an unknown `remat`.
         """
         where = self.positions(tokens, cache, positions)
+        if segments is not None:
+            if cache is not None:
+                raise SpecError("segments are for calls without a cache; leave one out")
+            where = dataclasses.replace(where, segments=segments)
         x = self.embed(tokens, where.queries)
         stores = []
         for run, (blocks, (start, stop)) in enumerate(
@@ -120,7 +144,8 @@ class Decoder(nnx.Module):
         ):
             stored = None if cache is None else cache.runs[run]
             numbers = layer_numbers(self.config, start, stop)
-            x, stored = run_blocks(blocks, x, where, numbers, stored)
+            own = None if view is None else functools.partial(view, run)
+            x, stored = run_blocks(blocks, x, where, numbers, stored, remat, own)
             if stored is not None:
                 stores.append(stored)
         if cache is not None:
@@ -132,6 +157,8 @@ class Decoder(nnx.Module):
         """Returns float32 logits of hidden states."""
         head = self.head
         y = self.embed.attend(x) if head is None else wide_matmul(x, head.weight())
+        if isinstance(head, LoRALinear):
+            y = head.adapted(x, y)
         cap = self.config.logit_softcap
         return y if cap is None else jnp.tanh(y / cap) * cap
 

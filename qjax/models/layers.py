@@ -29,8 +29,12 @@ def below(leaves: Leaves, prefix: str) -> dict[str, Any]:
 
 
 def leaves_of(module: nnx.Module) -> dict[str, Any]:
-    """Returns the parameters of a module by dotted path; inverse of construction."""
-    flat = nnx.to_flat_state(nnx.state(module))
+    """Returns the parameters of a module by dotted path; inverse of construction.
+
+    Adapters are not among them.
+    """
+    own = nnx.Not(nnx.PathContains("lora"))
+    flat = nnx.to_flat_state(nnx.state(module, own))
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
 
 

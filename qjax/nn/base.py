@@ -3,7 +3,8 @@
 A layer's weight is in one of three states. *Dense*: a float `nnx.Param` and no format.
 *On the fly*: a float `nnx.Param` and a format; every call quantizes the weight and
 multiplies by the result, with a straight-through gradient, so the layer can be
-calibrated or trained for its format. *Frozen*: a `QuantizedParam` that holds codes and
+calibrated or trained for its format; `qjax.nn.qat` adds what is learned beside the
+weight. *Frozen*: a `QuantizedParam` that holds codes and
 scales, and no float weight. Freezing stores exactly the codes of the last state.
 
 `QuantizedParam` is not a `nnx.Param`: optimizers and `nnx.grad` that take every `Param`
@@ -89,6 +90,7 @@ class QuantizedLayer(nnx.Module):
       format: the number format, or None when the weight stays dense.
       method: how codes are chosen.
       note: what freezing did otherwise than asked, for reports.
+      qat: a `qjax.nn.qat.Training` while the weight is trained for its format, or None.
     """
 
     weight_name: ClassVar[str] = "kernel"
@@ -96,6 +98,7 @@ class QuantizedLayer(nnx.Module):
     format: Format | None
     method: Method | None
     note: str = ""
+    qat: Any = None
 
     @property
     def variable(self) -> nnx.Variable:
@@ -121,6 +124,8 @@ class QuantizedLayer(nnx.Module):
         Raises:
           SpecError: the layer is dense; it has no format.
         """
+        if self.qat is not None:
+            return self.qat.packed(self, name, **options)
         value = self.variable.get_value()
         if isinstance(value, QuantizedTensor):
             return value
@@ -135,9 +140,10 @@ class QuantizedLayer(nnx.Module):
 
     def freeze(self, name: str = "weight", **options: Any) -> None:
         """Stores codes and drops the float weight; see `quantized`."""
-        if not self.frozen:
+        if self.qat is not None or not self.frozen:
             packed = QuantizedParam(self.quantized(name, **options))
             setattr(self, self.weight_name, packed)
+            self.qat = None
 
     def __nnx_repr__(self) -> Iterator[Any]:
         """What is printed: settings at their defaults are left out."""
@@ -153,6 +159,8 @@ class QuantizedLayer(nnx.Module):
 
     def weight(self) -> Any:
         """What to multiply by: packed, rounded on the fly, or dense; matrix form."""
+        if self.qat is not None:
+            return self.qat.weight(self)
         value = self.variable.get_value()
         if isinstance(value, QuantizedTensor):
             return value

@@ -110,6 +110,19 @@ class Equation:
         kernel = jnp.transpose(kernel, [*range(lead), *axes])
         return kernel.reshape(*kernel.shape[:lead], *self.matrix_shape(kernel_shape))
 
+    def from_matrix(
+        self, w: Float[Array, "*lead in out"], kernel_shape: Sequence[int]
+    ) -> Float[Array, "..."]:
+        """The inverse of `to_matrix`."""
+        lead = w.ndim - len(self.matrix_shape(kernel_shape))
+        order, size = (
+            self.batch + self.contracted + self.features,
+            self.sizes(kernel_shape),
+        )
+        w = w.reshape(*w.shape[:lead], *(size[c] for c in order))
+        axes = [lead + order.index(c) for c in self.kernel]
+        return jnp.transpose(w, [*range(lead), *axes])
+
     def expand(self, ndim: int) -> "Equation":
         """The equation with the ellipsis written out for an input of `ndim` axes.
 

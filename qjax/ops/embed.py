@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from qjax.errors import SpecError, UnsupportedError
 from qjax.formats.trellis import TILE
+from qjax.ops import trained
 from qjax.ops.blocks import (
     code_values,
     cut_leaf,
@@ -34,6 +35,7 @@ from qjax.wrappers import (
     Rotated,
     RowParts,
     SplitInputs,
+    Trained,
     Transposed,
     hadamard,
 )
@@ -85,6 +87,8 @@ def _rows(w, ids, transpose):
         return jnp.take(w.T if transpose else w, ids, axis=0)
     if isinstance(w, Transposed):
         return _rows(w.base, ids, not transpose)
+    if isinstance(w, Trained):
+        return trained.rows(_rows, w, ids, transpose)
     if isinstance(w, LayoutTensor):
         q = materialize_scale(w)
         return jax.vmap(lambda i: _column(q, i) if transpose else _row(q, i))(ids)

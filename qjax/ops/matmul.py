@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Shaped
 
 import qjax.pallas_kernels.device as device
 from qjax.errors import SpecError, UnsupportedError
-from qjax.ops import activations
+from qjax.ops import activations, trained
 from qjax.ops.blocks import materialize_scale, same_variance
 from qjax.ops.inputs import sides, without
 from qjax.ops.prepack import Prepacked, cut
@@ -46,6 +46,7 @@ from qjax.wrappers import (
     RoundedInputs,
     RowParts,
     SplitInputs,
+    Trained,
     Transposed,
     WithOutliers,
 )
@@ -212,6 +213,8 @@ def _apply(x, w: Any, transpose, how: How):
         if how.activation is None:
             how = how._replace(activation=w.activation, x_scale=w.scale)
         return _apply(x, w.base, transpose, how)
+    if isinstance(w, Trained):
+        return trained.product(_apply, x, w, transpose, how)
     if isinstance(w, LowRank):
         y = _apply(x, w.base, transpose, how)
         first, second = (w.b.T, w.a.T) if transpose else (w.a, w.b)

@@ -72,6 +72,9 @@ _SETTINGS = {
     "bias": {"bias": "x" * 3000},
     "bias-list": {"bias": ["none"]},
     "dora": {"use_dora": "yes"},
+    "pool": {"use_qalora": "yes"},
+    "pool-0": {"use_qalora": True, "qalora_group_size": 0},
+    "pool-huge": {"use_qalora": True, "qalora_group_size": 10**18},
     "targets": {"target_modules": {"a": 1}},
     "targets-numbers": {"target_modules": [1]},
     "saved": {"modules_to_save": [["lm_head"]]},
@@ -82,7 +85,7 @@ _SETTINGS = {
     "base": {"base_model_name_or_path": ["x"]},
 }
 _PATTERNS = ("(a+)+$", "(.|.)*X", "((.+))*X", ".*" * 25 + "X", "(.|.)" * 60, "(", ")|(")
-_REFUSED = ("lora_bias", "layer_replication", "target_parameters", "use_qalora")
+_REFUSED = ("lora_bias", "layer_replication", "target_parameters", "use_bdlora")
 CASES = [
     case("ok"),
     *(case(f"set-{n}", "key ", error="SpecError", **c) for n, c in _SETTINGS.items()),
@@ -117,6 +120,17 @@ CASES = [
     case("alone", "expected ['a', 'b']", {_B: None}),
     case("inputs", "the model has [96, 64]", {_A: ones(4, ROWS + 1)}),
     case("outputs", "the model has [96, 64]", {_B: ones(COLS - 1, 4)}),
+    case("pooled", "for a weight [1536, 64], the model has [96", use_qalora=True),
+    case(
+        "pooled-embedding",
+        "is an embedding with use_qalora",
+        {
+            f"{PREFIX}model.embed_tokens.lora_embedding_A": ones(4, 4),
+            f"{PREFIX}model.embed_tokens.lora_embedding_B": ones(ROWS, 4),
+        },
+        use_qalora=True,
+    ),
+    case("ok-pooled", None, {_A: ones(4, ROWS // 16)}, use_qalora=True),
     case("integers", "expected floats", {_A: words(4, ROWS)}),
     case("nan", "1 of 384 numbers", {_A: with_one(ones(4, ROWS), np.nan)}),
     case("inf", "the first at index [0, 7]", {_A: with_one(ones(4, ROWS), np.inf)}),

@@ -70,3 +70,38 @@ def test_inputs_are_plain(messages, message):
     """Only plain JSON values reach a template."""
     with pytest.raises(SpecError, match=message):
         chat.render("x", messages)
+
+
+def test_many_conversations_with_spans():
+    """One process renders all; spans are those of the generation blocks alone."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% set said %}"
+        "{% generation %}{{ m.content }}.{% endgeneration %}{% endset %}[{{ said }}]"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}{{ strftime_now('%Y') }}"
+    )
+    talk = [*USER, {"role": "assistant", "content": "Hé <|x|>"}]
+    requests = [{"messages": talk * 2}, {"messages": USER}]
+    two, none = chat.render_many(template, requests, spans=True, now="1999-01-01")
+    assert two.text == "Hello[Hé <|x|>.]Hello[Hé <|x|>.]1999"
+    assert [two.text[a:b] for a, b in two.spans] == ["Hé <|x|>."] * 2
+    assert none == ("Hello1999", ())
+    plain = chat.render_many(template, requests, now="1999-01-01")
+    assert plain == [(two.text, ()), none]
+    assert chat.render_many(template, []) == []
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 1 // messages }}", "b: chat template: integer .*by zero"),
+        ("{{ 'a' * messages * 10**7 }}", "b: chat template: .*4194304 characters"),
+        ("{{ 'a' * (4 * 10**6 + messages) }}", "i: chat template: the texts so far"),
+        ("{% for i in range(99999) %}" * 4 + "{% endfor %}" * 4, "a to i: chat temp"),
+    ],
+)
+def test_many_conversations_name_the_one_that_fails(template, message):
+    """The name is that of the request; of all where none can be told."""
+    values = [1, 0] + [1] * 7 if "//" in template else [0, 1] + [0] * 7
+    requests = [{"messages": value} for value in values]
+    with pytest.raises(SpecError, match=message):
+        chat.render_many(template, requests, seconds=1.0, names="abcdefghi")

@@ -109,6 +109,14 @@ class UpdateSuite(abc.ABC):
         g = g.at[:].set(0.0) if g.ndim == 1 else g.at[0].set(0.0)
         self.check(rule, (p, g, api.init8(p, rule)), count=1)
 
+    @pytest.mark.parametrize("rule", RULES)
+    def test_scaled_gradients(self, rule):
+        p, g, state = random_operands(rule, self.shapes[0])
+        got = self.update(rule, p, g, state, gradient_scale=0.25)
+        scaled = (p, g * 0.25, state)
+        want = update(rule, *scaled, backend="reference")
+        assert_close(got, want, sizes(rule, *scaled))
+
     def test_non_finite_gradients_stay_where_they_are(self):
         """Their parameters are NaN, their moments 0; the rest is as if they were 0."""
         p, g, state = random_operands("adamw", self.shapes[0])

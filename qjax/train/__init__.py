@@ -1,0 +1,1 @@
+"""Fine-tuning: adapters over packed weights, and quantization-aware training."""
