@@ -105,7 +105,6 @@ def main() -> None:
     parser.add_argument("--learn", default="lsq")
     parser.add_argument("--loss", choices=("kl", "ce"), default="kl")
     parser.add_argument("--windows", type=int, default=200)
-    parser.add_argument("--no-float", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     path = str(EXAMPLES / "model")
@@ -119,7 +118,7 @@ def main() -> None:
     print("| model | perplexity | gap recovered | s/step | bits equal |")
     print("| --- | ---: | ---: | ---: | --- |")
     print(f"| original | {start:.3f} | | | |", flush=True)
-    if options.loss == "ce" and not options.no_float:
+    if options.loss == "ce":
         model = nnx.clone(original)
         seconds = trained(model, nnx.Param, original, text, options)
         rows["float, trained"] = {"perplexity": measure(model), "seconds": seconds}

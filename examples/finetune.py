@@ -74,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=Path("finetune-results"))
     parser.add_argument(
-        "--steps", type=int, default=120, help="updates; a third for books"
+        "--steps", type=int, default=120, help="updates; on books a third of them"
     )
     options = parser.parse_args()
     results = options.results.resolve()

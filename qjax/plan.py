@@ -36,7 +36,6 @@ from qjax.plan_parts import (
     weight_bytes,
 )
 from qjax.recipes import Recipe
-from qjax.train.layout import Layout
 from qjax.train.lora import LoRA, attach
 from qjax.train.mesh import Mesh, make_mesh
 from qjax.train.offload import peak_bytes
@@ -197,16 +196,14 @@ def _finetune(
     sizes = work.mesh.resolved(count)
     if math.prod(sizes.sizes.values()) != count:
         raise SpecError(f"plan: {sizes} is not {count} devices; give -1 for the rest")
-    mesh, shardings, where = None, None, None
+    mesh, where = None, None
     if count > 1:
         mesh = _abstract(sizes) if devices is None else make_mesh(sizes, devices)
-        trained = nnx.state(model, nnx.LoRAParam)
-        shardings = Layout(mesh, model).shardings(trained)
     elif devices is not None:
         where = SingleDeviceSharding(devices[0])
     step = Step(
         model,
-        make_optimizer(work.optimizer, 1000, shardings=shardings),
+        make_optimizer(work.optimizer, 1000),
         remat=work.remat,
         loss_chunk=work.loss_chunk,
         offload=work.optimizer.offload == "always",

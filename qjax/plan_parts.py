@@ -72,6 +72,7 @@ def compiled_parts(arguments: dict[str, int], memory: Any) -> Parts:
     rest = peak_bytes(memory) - temporaries - program - sum(arguments.values())
     found = {**arguments, "padding and results": rest, "temporaries": temporaries}
     host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
+    host += memory.host_output_size_in_bytes - memory.host_alias_size_in_bytes
     return Parts({**found, "program": program}, host, True)
 
 

@@ -55,7 +55,10 @@ LAYERS = [
     ["evaluate"],
     ["sensitivity", "budget"],
     ["allocate"],
-    ["train", "serve", "plan"],
+    ["devices"],
+    ["abstract", "train", "serve"],
+    ["plan_parts"],
+    ["plan"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

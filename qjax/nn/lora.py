@@ -9,8 +9,7 @@ as it is: a packed one stays packed, in the gradient too.
     y = m / |W + s A B| * (x W + s x A B) (+ bias)      DoRA, norms of columns
     y = x W + s mean(x) A B (+ bias)                    QA-LoRA, s = alpha in / (r pool)
 
-Leading axes of the factors are those of the weight: layers of a scanned stack, experts
-of an einsum.
+Leading axes of the factors are the weight's: layers of a scanned stack, experts.
 
 Reference: Hu et al., arXiv 2106.09685 (LoRA); Kalajdzievski, arXiv 2312.03732
 (rsLoRA: s = alpha / sqrt(r)); Liu et al., arXiv 2402.09353 (DoRA, whose norm is a
@@ -122,10 +121,9 @@ class Adapter(nnx.Module):
         else:
             wide = {"preferred_element_type": jnp.float32}
             own = jnp.matmul(a.T.astype(w.dtype), lax.stop_gradient(w), **wide)
-        cross = 2.0 * s * own
         gram = jnp.matmul(a.T, a, precision="highest")
-        mixed = jnp.matmul(gram, b, precision="highest")
-        squares = self.squares.get_value() + jnp.sum(b * (cross + s * s * mixed), 0)
+        own = 2.0 * own + s * jnp.matmul(gram, b, precision="highest")
+        squares = self.squares.get_value() + s * jnp.sum(b * own, 0)
         norm = lax.stop_gradient(jnp.sqrt(jnp.maximum(squares, 1e-30)))
         return self.magnitude.get_value() / norm
 
@@ -214,8 +212,8 @@ class LoRAEmbed(QEmbed):
         y, lora = super().__call__(ids), self.lora
         rows = jnp.take(lora.a.get_value(), ids, axis=0, mode="clip").astype(y.dtype)
         delta = rows @ lora.b.get_value().astype(y.dtype)
-        y = y + delta * lora.scale.get_value().astype(y.dtype)
-        return reshard(y, out_sharding)
+        delta = delta * lora.scale.get_value().astype(y.dtype)
+        return reshard(y + delta, out_sharding)
 
 
 class LoRAEinsum(QEinsum):
@@ -264,14 +262,13 @@ def settings_of(layer: Any) -> dict[str, Any]:
 
 def without_adapter(layer: Any) -> Any:
     """The layer that an adapted one replaced; of Flax's layers, ours."""
-    settings = settings_of(layer)
     made: Any
     if isinstance(layer, LoRAEinsum):
-        made = QEinsum(layer.equation, layer.kernel, layer.bias, **settings)
+        made = QEinsum(layer.equation, layer.kernel, layer.bias, **settings_of(layer))
     elif isinstance(layer, LoRAEmbed):
-        made = QEmbed(layer.embedding, **settings)
+        made = QEmbed(layer.embedding, **settings_of(layer))
     else:
-        made = QLinear(layer.kernel, layer.bias, **settings)
+        made = QLinear(layer.kernel, layer.bias, **settings_of(layer))
     made.note = layer.note
     return made
 

@@ -183,7 +183,6 @@ def place_batch(
       SpecError: The rows do not divide among the devices.
     """
     sharding = NamedSharding(mesh, BATCH)
-    count = process_share(mesh)[1]
 
     def put(name: str, value: Any) -> Any:
         if isinstance(value, jax.ShapeDtypeStruct):
@@ -192,7 +191,7 @@ def place_batch(
             return value
         else:
             value = np.asarray(value)
-            rows = value.shape[1] * count
+            rows = value.shape[1] * process_share(mesh)[1]
         if rows % row_parts(mesh):
             raise SpecError(
                 f"batch: {rows} rows of {name} do not divide among the "

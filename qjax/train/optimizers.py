@@ -223,7 +223,9 @@ def _of_optax(config: Optimizer, rate: optax.Schedule) -> optax.GradientTransfor
     if config.clip is not None:
         parts.append(optax.clip_by_global_norm(config.clip))
     if config.name == "adafactor":
-        parts.append(optax.adafactor(rate, momentum=momentum))
+        # Steps of the learning rate: B starts at 0, whose size says nothing.
+        own: dict[str, Any] = {"multiply_by_parameter_scale": False}
+        parts.append(optax.adafactor(rate, momentum=momentum, **own))
     else:
         parts.append(optax.sgd(rate, momentum=momentum))
     if config.weight_decay:

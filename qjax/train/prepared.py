@@ -57,15 +57,11 @@ def make_step(
 
 def _needs(step: Step, config: Finetune) -> Any:
     """What the compiler says of the memory of a step; nothing is allocated."""
-    state = jax.eval_shape(step.init, jax.random.key(0))
-    if step.parallel is not None:
-        state = jax.tree.map(lambda x, s: x.update(sharding=s), state, step.shardings)
     shape = (config.accumulate, config.batch, config.data.context)
-    batch = {
+    batch: dict[str, Any] = {
         name: jax.ShapeDtypeStruct(
             shape, jnp.float32 if name == "weights" else jnp.int32
         )
         for name in BATCH
     }
-    batch = step.placed(batch)  # pyright: ignore[reportArgumentType]
-    return step._run.lower(state, step.frozen, batch).compile().memory_analysis()
+    return step.lower(batch).compile().memory_analysis()

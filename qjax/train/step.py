@@ -18,20 +18,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array
 
 from qjax.errors import SpecError
 from qjax.nn.lora import with_dropout_key
-from qjax.train.fused import global_norm
+from qjax.train.fused import apply, global_norm
 from qjax.train.layout import Layout, put
 from qjax.train.loss import chunked_loss
-from qjax.train.mesh import BATCH as ROWS_SPLIT
 from qjax.train.mesh import place_batch
-from qjax.train.offload import to_device, to_host
+from qjax.train.offload import host_states, to_host
 from qjax.train.parallel import Parallel
 from qjax.train.state_shardings import state_shardings
-from qjax.train.states8 import Fused
 
 Batch = Mapping[str, Array]
 """`tokens`, `targets`, `weights`, `positions` and `segments`, each `[accumulate, rows,
@@ -102,7 +100,7 @@ class Step:
     def __init__(
         self,
         model: Any,
-        tx: optax.GradientTransformation | Fused,
+        tx: optax.GradientTransformation,
         *,
         wrt: Any = nnx.LoRAParam,
         remat: str = "block",
@@ -110,7 +108,8 @@ class Step:
         offload: bool = False,
         mesh: jax.sharding.Mesh | None = None,
     ):
-        self.model, self.tx, self.offload = model, tx, offload
+        self.model, self.offload = model, offload
+        self.tx = host_states(tx) if offload else tx
         self.remat, self.loss_chunk = remat, loss_chunk
         self.graph, self.trainable, self.frozen = nnx.split(model, wrt, ...)
         if not jax.tree.leaves(self.trainable):
@@ -168,14 +167,15 @@ class Step:
         """
         key = jax.eval_shape(lambda: jax.random.key(0))
         state: Any = jax.eval_shape(self._fresh, self.trainable, key)
-        found = (state, self.frozen, checked(batch))
+        arrays = jax.tree.map(lambda x: _shape(x, None), checked(batch))
+        found = state, self.frozen
         if self.parallel is not None:
             layout = self.parallel.layout
-            places = (self.shardings, layout.shardings(self.frozen))
-            rows = dict.fromkeys(BATCH, NamedSharding(layout.mesh, ROWS_SPLIT))
-            return jax.tree.map(_shape, found, (*places, rows))
+            places = self.shardings, layout.shardings(self.frozen)
+            return *jax.tree.map(_shape, found, places), self.placed(arrays)
         one = where or SingleDeviceSharding(jax.local_devices()[0])
-        state, frozen, arrays = jax.tree.map(lambda x: _shape(x, one), found)
+        found = jax.tree.map(lambda x: _shape(x, one), (*found, arrays))
+        state, frozen, arrays = found
         if self.offload:
             state = state._replace(optimizer=to_host(state.optimizer))
         return state, frozen, arrays
@@ -300,20 +300,17 @@ class Step:
 
     def _update(self, grads, held, finite):
         """Parameters and optimizer state after a step, or as they were."""
+        where = None if self.parallel is None else self.shardings.trainable
 
         def update(held):
             trainable, optimizer = held
-            if isinstance(self.tx, Fused):
-                return self.tx.apply(grads, optimizer, trainable)
-            with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-                updates, optimizer = self.tx.update(grads, optimizer, trainable)
-                return optax.apply_updates(trainable, updates), optimizer
+            return apply(self.tx, trainable, grads, optimizer, where)
 
         if not self.offload:
             return jax.lax.cond(finite, update, lambda held: held, held)
-        trainable, optimizer = update((held[0], to_device(held[1])))
+        trainable, optimizer = update(held)
         kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), trainable, held[0])
-        return kept, to_host(optimizer)
+        return kept, optimizer
 
 
 def _shape(x: Any, where: Any) -> jax.ShapeDtypeStruct:

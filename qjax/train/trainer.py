@@ -77,7 +77,8 @@ class Trainer:
                 f"finetune: data.context is {config.data.context}; the model's is "
                 f"{model.config.max_context}"
             )
-        self.mesh = None if config.mesh == Mesh() else make_mesh(config.mesh)
+        alone = config.mesh == Mesh() and jax.process_count() == 1
+        self.mesh = None if alone else make_mesh(config.mesh)
         process = process_share(self.mesh)
         data = load_data(config.data, tokenizer)
         self.batches = data.batches(

@@ -1,5 +1,7 @@
 """Layers with adapters beside their equations in NumPy, over every kind of weight."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,14 +28,14 @@ from tests.conformance.test_tensors import WRAPPERS, build
 ROWS, COLS, RANK, SCALE = 32, 8, 3, 1.5
 KINDS = ("int4-nested", "int4-out", "nf4-double", "fp8-block", "nvfp4", "bfloat16")
 KINDS += ("kmeans4-group", "additive2x8", "incoherent", "ggml-q4_k")
-CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+CLOSE: Any = {"rtol": 2e-5, "atol": 2e-5}
 
 
 def floats(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def adapter(w, *, dora=False, pool=1, rate=0.0, lead=()):
+def adapter(w: Any, *, dora=False, pool=1, rate=0.0, lead=()):
     """Random factors beside a weight, and magnitudes that are not its norms."""
     w = np.asarray(w, np.float32)
     rows, cols = w.shape[-2:]
@@ -51,7 +53,7 @@ def value(variable):
     return np.asarray(variable.get_value(), np.float64)
 
 
-def expected(x, w, lora, bias=0.0, dropped=None):
+def expected(x: Any, w: Any, lora: Adapter, bias: Any = 0.0, dropped: Any = None):
     """The equations of `qjax.nn.lora`, float64, of one matrix."""
     x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
     delta = SCALE * np.repeat(value(lora.a), lora.pool, 0) @ value(lora.b) / lora.pool
@@ -77,7 +79,7 @@ def trained_part(layer):
 @pytest.mark.parametrize("kind", ["plain", "dora", "pooled"])
 @pytest.mark.parametrize("fmt", [None, Int(4, 8), NF4(32, double=True)])
 def test_values_and_gradients(kind, fmt):
-    w = jnp.asarray(floats(ROWS, COLS, seed=3))
+    w: Any = jnp.asarray(floats(ROWS, COLS, seed=3))
     packed = w if fmt is None else quantize(w, fmt)
     dense = np.asarray(w if fmt is None else packed.dequantize(), np.float64)
     lora = adapter(dense, dora=kind == "dora", pool=4 if kind == "pooled" else 1)
@@ -101,7 +103,7 @@ def test_values_and_gradients(kind, fmt):
         slope = (dy * (x @ merged)).sum(0) / norm
         np.testing.assert_allclose(slopes["lora"]["magnitude"][...], slope, **CLOSE)
     down = x.T @ (dy * factor)
-    close = {"rtol": 1e-4, "atol": 1e-4}
+    close: Any = {"rtol": 1e-4, "atol": 1e-4}
     np.testing.assert_allclose(slopes["lora"]["a"][...], SCALE * down @ b.T, **close)
     np.testing.assert_allclose(slopes["lora"]["b"][...], SCALE * a.T @ down, **close)
 
@@ -179,14 +181,13 @@ def test_embedding_has_its_own_row_and_the_tied_head_the_table():
     ("kind", "fmt"), [("plain", None), ("dora", Int(4, 8)), ("pooled", Int(4, 8))]
 )
 def test_every_expert_has_its_own(kind, fmt):
-    w = jnp.asarray(floats(3, ROWS, COLS, seed=3))
+    w: Any = jnp.asarray(floats(3, ROWS, COLS, seed=3))
     w = w if fmt is None else quantize(w, fmt)
     dense = np.asarray(w if fmt is None else w.dequantize())
     pool = 4 if kind == "pooled" else 1
     lora = adapter(dense, dora=kind == "dora", pool=pool, lead=(3,))
     bias = floats(3, COLS)
-    shape = {"kernel_shape": dense.shape}
-    plain = QEinsum("ecd,edf->ecf", w, jnp.asarray(bias), **shape)
+    plain = QEinsum("ecd,edf->ecf", w, jnp.asarray(bias), kernel_shape=dense.shape)
     x, dy = jnp.asarray(floats(3, 5, ROWS, seed=5)), jnp.ones((3, 5, COLS))
     slopes, _, y = trained_part(LoRAEinsum(plain, lora))(x, dy)
     graph, state = nnx.split(lora)
@@ -203,7 +204,7 @@ def test_every_expert_has_its_own(kind, fmt):
 def test_heads_of_an_einsum_are_one_matrix():
     w = jnp.asarray(floats(ROWS, 2, 4))
     plain = QEinsum("btd,dhk->bthk", w)
-    matrix = np.asarray(plain.to_matrix(w))
+    matrix = plain.to_matrix(w)
     layer = LoRAEinsum(plain, adapter(matrix))
     x = floats(2, 5, ROWS, seed=5)
     want = expected(x, matrix, layer.lora).reshape(2, 5, 2, 4)
@@ -318,5 +319,6 @@ def test_no_dense_weight_in_the_gradient():
         return slopes, y
 
     compiled = jax.jit(slopes).lower(factors, shapes, *arrays).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * 2 * rows * cols
+    memory: Any = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 0.1 * 2 * rows * cols
     assert isinstance(shapes, QuantizedTensor)

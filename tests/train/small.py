@@ -1,5 +1,7 @@
 """A small quantized model with adapters and a batch, for tests of training steps."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -31,6 +33,11 @@ ROWS, TIME = 8, 16
 
 def model(recipe="nf4", **lora):
     """A packed model with adapters that are not zero, the same at every call."""
+    return nnx.clone(_model(recipe, **lora))
+
+
+@functools.cache
+def _model(recipe, **lora):
     config = ModelConfig.from_hf(CONFIG)
     rng = np.random.default_rng(0)
     params = {

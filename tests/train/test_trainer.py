@@ -24,6 +24,7 @@ from qjax.train.checkpoints import Checkpoints
 from qjax.train.config import Finetune, Log
 from qjax.train.data_config import Data
 from qjax.train.lora import LoRA
+from qjax.train.mesh import Mesh
 from qjax.train.optimizers import Optimizer
 from qjax.train.qat import QAT
 from qjax.train.run import finetune
@@ -269,6 +270,16 @@ def test_a_finished_run_continues_to_its_end(whole, base, config, tmp_path):
     result = finetune(*qjax.load(base), config, out, resume=True)
     assert result.resumed_from == 6 and result.final_loss == whole[1].final_loss
     assert told(out) == told(whole[0]) and bits(out) == bits(whole[0])
+
+
+def test_a_run_continues_on_other_devices(whole, base, config, tmp_path):
+    out = shutil.copytree(whole[0], tmp_path / "out")
+    shutil.rmtree(out / "checkpoints" / "00000006")
+    split = dataclasses.replace(config, mesh=Mesh(data=2))
+    result = finetune(*qjax.load(base), split, out, resume=True)
+    assert result.resumed_from == 4 and result.steps == 6
+    for ours, theirs in zip(told(out), told(whole[0]), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 def changed_data(config, words, tmp_path):
