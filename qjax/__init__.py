@@ -63,3 +63,12 @@ from qjax.tree import dequantize_tree as dequantize_tree
 from qjax.tree import model_size as model_size
 from qjax.tree import param_count as param_count
 from qjax.tree import quantize_tree as quantize_tree
+
+
+def __getattr__(name: str) -> object:
+    """Imports `qjax.train` when it is first used; it needs optax and more."""
+    if name == "train":
+        import importlib
+
+        return importlib.import_module("qjax.train")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -118,10 +118,11 @@ class Trainer:
         """
         saved = checkpoints.newest()
         if saved is None:
-            self._note(f"{shown(checkpoints.directory)}: no checkpoint; starts anew")
+            self.notes.append(f"{shown(checkpoints.directory)}: no checkpoint; starts")
             return
         for reason in saved.skipped:
-            self._note(f"{reason}; the checkpoint before it is used")
+            _log.warning("%s; the checkpoint before it is used", reason)
+            self.notes.append(f"{reason}; the checkpoint before it is used")
         check_same(self.identity, saved.run["identity"])
         self.batches.set_state(saved.run["data"])
         self.state = checkpoints.load(saved, self.state)
@@ -273,7 +274,3 @@ class Trainer:
         }
         checkpoints.save(self.done, self.state, run)
         self._saved = self.done
-
-    def _note(self, text: str) -> None:
-        _log.warning(text)
-        self.notes.append(text)

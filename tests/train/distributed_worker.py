@@ -1,22 +1,40 @@
-"""One of several processes of a training step: `PORT COUNT INDEX FSDP`.
+"""One of several processes that train together: `PORT COUNT INDEX FSDP [RUN]`.
 
 Prints, as JSON, what two steps measured, a sum of the trained values, and which floats
-and bytes the compiled step gathers.
+and bytes the compiled step gathers. With RUN, a JSON file of `model`, `settings` and
+`output`, it fine-tunes instead, and prints the result.
 """
 
 import json
 import re
 import sys
+from pathlib import Path
 
 import jax
 
 
-def main(port: int, count: int, index: int, fsdp: int) -> None:
-    """Joins, trains on this process's rows, prints."""
+def join(port: int, count: int, index: int) -> None:
+    """Joins the processes."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.distributed.initialize(f"localhost:{port}", count, index)
+
+
+def finetune(path: str) -> dict:
+    """Trains as the file says."""
+    import qjax
+    from qjax.train import finetune
+    from qjax.train.config import finetune_from_dict
+
+    asked = json.loads(Path(path).read_text("utf-8"))
+    model, tokenizer = qjax.load(asked["model"])
+    config = finetune_from_dict(asked["settings"])
+    return finetune(model, tokenizer, config, asked["output"]).to_dict()
+
+
+def steps(fsdp: int) -> dict:
+    """Trains on this process's rows."""
     import jax.numpy as jnp
 
     from qjax.train.mesh import Mesh, make_mesh, process_share
@@ -39,16 +57,18 @@ def main(port: int, count: int, index: int, fsdp: int) -> None:
     gathered = re.findall(
         r"= ([a-z0-9]+)\[([0-9,]*)\]\S* all-gather", compiled.as_text()
     )
-    result = {
+    return {
         "devices": jax.device_count(),
         "share": [place, parts],
         "measured": measured,
         "loss": float(total),
-        "adapter": float(jnp.sum(jnp.abs(jax.numpy.asarray(jax.device_get(adapter))))),
+        "adapter": float(jnp.sum(jnp.abs(jnp.asarray(jax.device_get(adapter))))),
         "gathered": sorted({(kind, shape) for kind, shape in gathered}),
     }
-    print("RESULT " + json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    *numbers, fsdp = map(int, sys.argv[1:5])
+    join(*numbers)
+    result = finetune(sys.argv[5]) if sys.argv[5:] else steps(fsdp)
+    print("RESULT " + json.dumps(result), flush=True)

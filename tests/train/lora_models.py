@@ -1,5 +1,6 @@
 """Small models with adapters, and the same models with weights merged by NumPy."""
 
+import functools
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ NF4_32 = NF4(32)
 CLOSE: Any = {"rtol": 2e-4, "atol": 2e-4}
 
 
+@functools.cache
 def random_params(config=CONFIG) -> dict[str, Any]:
     shapes = param_shapes(config)
     keys = jax.random.split(jax.random.key(0), len(shapes))
@@ -43,6 +45,7 @@ def random_params(config=CONFIG) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def packed_params(fmt: Format = NF4_32) -> dict[str, Any]:
     return {
         path: qjax.quantize(w, fmt) if path.endswith("kernel") else w

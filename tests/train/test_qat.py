@@ -21,6 +21,7 @@ from qjax.recipes import Recipe, Rule
 from qjax.train.lora import LoRA
 from qjax.train.loss import token_losses
 from qjax.train.qat import QAT, convert, prepare
+from qjax.tree import dequantize_tree
 from qjax.wrappers import RoundedInputs
 
 CONFIG = ModelConfig.from_hf(
@@ -134,6 +135,15 @@ def test_quantizing_a_trained_model_again_loses_nothing(model):
     assert set(made) == set(again)
     for path, leaf in made.items():
         jax.tree.map(np.testing.assert_array_equal, leaf, again[path])
+
+
+def test_quantizing_rounded_weights_again_loses_nothing(model):
+    recipe = Recipe((Rule("*kernel", FMT, RTN("mse")),))
+    prepare(model, QAT(recipe, learn="lsq"))
+    rounded = dequantize_tree(convert(model).params())
+    again = qjax.quantize_model(Decoder(CONFIG, rounded), recipe).params()
+    for path, leaf in dequantize_tree(again).items():
+        np.testing.assert_array_equal(leaf, rounded[path])
 
 
 def test_report_names_every_weight(model):
