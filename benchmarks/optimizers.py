@@ -39,7 +39,7 @@ RATES = {"lora": {"adamw": 2e-3, "lion": 2e-4}, "full": {"adamw": 2e-4, "lion": 
 STATES = {"32": (32, False), "8": (8, False), "8, host": (8, True)}
 """Bits of a state, and whether it lies in host memory."""
 HOSTED = 1000
-"""Elements from which on an array does here: those of adapters of this model are few."""
+"""Elements from which on an array does: fewer than usual, for a small model."""
 
 
 def windows_of(tokenizer, name: str, context: int) -> np.ndarray:
@@ -119,8 +119,9 @@ def main() -> int:
         for name in ("calibration", "test")
     ]
     texts[1] = texts[1][: 16 * options.rows]
-    print("| training | rule | states | held out before | after | trained | of 32-bit | "
-          "state MB | in host memory | s/step |")  # fmt: skip
+    names = "training, rule, states, held out before, after, trained, of 32-bit, "
+    names += "state MB, in host memory, s/step"
+    print(f"| {' | '.join(names.split(', '))} |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     rows, worst = [], 1.0
     for kind in options.train:

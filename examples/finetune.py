@@ -2,14 +2,17 @@
 
 command   python examples/finetune.py [--results FOLDER] [--steps N]
           (in an environment with qjax[train])
-hardware  2 CPU cores, 2 GB of memory
-minutes   TODO
-expected  TODO
+hardware  any CPU; written for 2 cores and 2 GB of memory
+minutes   3 on two cores that do nothing else (183 s of CPU time)
+expected  perplexity of held-out answers to instructions from 849 to 21, of held-out
+          books from 34.1 to 33.7; answers of one word
 
 Both runs quantize the model to NF4 with 8-bit scales and train LoRA adapters over it
 (QLoRA). Of every file a part is held out, which the perplexities are of. The books are
 among those that the model was trained on, so they have little left to teach; answering
-instructions is new to it. Every step is a `qjax` command, printed before it runs.
+instructions is new to it, and 180 of them are few: more steps only learn them by heart
+(after 120 the held-out perplexity is 25). Every step is a `qjax` command, printed
+before it runs.
 """
 
 import argparse
@@ -73,9 +76,7 @@ def main() -> None:
     """Train twice, and print perplexities and answers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=Path("finetune-results"))
-    parser.add_argument(
-        "--steps", type=int, default=120, help="updates; on books a third of them"
-    )
+    parser.add_argument("--steps", type=int, default=60, help="updates of each run")
     options = parser.parse_args()
     results = options.results.resolve()
 
@@ -85,7 +86,7 @@ def main() -> None:
         "instructions": train(
             INSTRUCTIONS, results / "instructions", options.steps, *short
         ),
-        "books": train(BOOKS, results / "books", options.steps // 3, *long),
+        "books": train(BOOKS, results / "books", options.steps, *long),
     }
     adapter = tuned["instructions"]["adapter"]
     answers = [(*question, answer(adapter, *question)) for question in QUESTIONS]

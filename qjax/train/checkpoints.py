@@ -189,8 +189,7 @@ class Checkpoints:
             except QjaxError as error:
                 skipped.append(str(error))
                 continue
-            run, leaves = info["run"], info["leaves"]
-            return Saved(path, step, run, leaves, tuple(skipped))
+            return Saved(path, step, info["run"], info["leaves"], tuple(skipped))
         if skipped:
             raise IntegrityError(
                 f"{shown(self.directory)}: every checkpoint is damaged: "

@@ -117,8 +117,8 @@ def adamw(
       >>> state = tx.init(params)
       >>> params, state = tx.apply(params, grads, state)
     """
-    rule = _Rule("adamw", learning_rate, b1, b2, eps, weight_decay, clip)
-    return _fused(rule, bits, min_size, shardings)
+    numbers = learning_rate, b1, b2, eps, weight_decay, clip
+    return _Rule("adamw", *numbers, bits, min_size, shardings).fused()
 
 
 def lion(
@@ -147,13 +147,13 @@ def lion(
     Raises:
       SpecError: `bits` is neither 8 nor 32.
     """
-    rule = _Rule("lion", learning_rate, b1, b2, 0.0, weight_decay, clip)
-    return _fused(rule, bits, min_size, shardings)
+    numbers = learning_rate, b1, b2, 0.0, weight_decay, clip
+    return _Rule("lion", *numbers, bits, min_size, shardings).fused()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    """A rule and its numbers."""
+    """A rule with its numbers: what `Fused` is made of."""
 
     name: str
     learning_rate: Any
@@ -162,8 +162,49 @@ class _Rule:
     eps: float
     weight_decay: float
     clip: float | None
+    bits: int
+    min_size: int
+    shardings: Any
 
-    def scalars(self, count: Array, grads: list[Array]) -> Scalars:
+    def fused(self) -> Fused:
+        if self.bits not in (8, 32):
+            raise SpecError(f"{self.name}: bits is {self.bits!r}; expected 8 or 32")
+        return Fused(self.init, self.update, self.apply)
+
+    def init(self, params):
+        found, tree = jax.tree.flatten_with_path(params)
+        leaves = []
+        for (path, p), given in zip(found, self._places(tree, None), strict=True):
+            _check(self.name, jax.tree_util.keystr(path), p)
+            eight = self.bits == 8 and p.size >= self.min_size
+            leaves.append(init_leaf(p, self.name, eight, _now(p, given)))
+        return MomentState(jnp.zeros((), jnp.int32), tree.unflatten(leaves))
+
+    def update(self, updates, state, params=None, **extra):
+        del extra
+        if params is None and self.weight_decay:
+            raise SpecError(
+                f"{self.name}: update needs the parameters for weight decay; call "
+                "tx.update(grads, state, params)"
+            )
+        return self._step(params, updates, state, _change)
+
+    def apply(self, params, grads, state, shardings=None):
+        return self._step(params, grads, state, _applied, shardings)
+
+    def _step(self, params, grads, state, one, shardings=None):
+        """`one(p, g, moments, scalars, where)` of every leaf."""
+        leaves, tree = jax.tree.flatten(grads)
+        moments = self._same(tree, state.moments, "the state")
+        params = self._same(tree, grads if params is None else params, "parameters")
+        by, places = self._scalars(state.count, leaves), self._places(tree, shardings)
+        rows = zip(params, leaves, moments, places, strict=True)
+        found = [one(p, g, m, by, where_of(p, place)) for p, g, m, place in rows]
+        count = optax.safe_increment(state.count)
+        news, moved = (tree.unflatten([x[i] for x in found]) for i in (0, 1))
+        return news, MomentState(count, moved)
+
+    def _scalars(self, count: Array, grads: list[Array]) -> Scalars:
         """Those of the step after `count`."""
         rate = self.learning_rate
         rate = rate(count) if callable(rate) else rate
@@ -174,6 +215,23 @@ class _Rule:
         t, decay = count + 1, self.weight_decay
         return Scalars(rate, t, self.b1, self.b2, self.eps, decay, scale)
 
+    def _places(self, tree, given):
+        """How each leaf is split, if that was said."""
+        given = self.shardings if given is None else given
+        if given is None:
+            return [None] * tree.num_leaves
+        return self._same(tree, given, "shardings")
+
+    def _same(self, tree, other, what):
+        """Leaves of a tree that has to be like that of the gradients."""
+        try:
+            return tree.flatten_up_to(other)
+        except ValueError as error:
+            raise SpecError(
+                f"{self.name}: gradients and {what} are different trees: {error}; "
+                "give those of one model"
+            ) from None
+
 
 def global_norm(grads: Any) -> Array:
     """Returns the root of the sum of squares of all elements, in float32."""
@@ -181,53 +239,6 @@ def global_norm(grads: Any) -> Array:
         jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(grads)
     ]
     return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
-
-
-def _fused(rule: _Rule, bits: int, min_size: int, shardings: Any) -> Fused:
-    if bits not in (8, 32):
-        raise SpecError(f"{rule.name}: bits is {bits!r}; expected 8 or 32")
-
-    def places(tree, given):
-        given = shardings if given is None else given
-        if given is None:
-            return [None] * tree.num_leaves
-        return _same(rule.name, tree, given, "shardings")
-
-    def init(params):
-        found, tree = jax.tree.flatten_with_path(params)
-        leaves = []
-        for (path, p), given in zip(found, places(tree, None), strict=True):
-            _check(rule.name, jax.tree_util.keystr(path), p)
-            eight = bits == 8 and p.size >= min_size
-            leaves.append(init_leaf(p, rule.name, eight, _now(p, given)))
-        return MomentState(jnp.zeros((), jnp.int32), tree.unflatten(leaves))
-
-    def step(params, grads, state, one, where=None):
-        """`one(p, g, moments, scalars, where)` of every leaf."""
-        leaves, tree = jax.tree.flatten(grads)
-        moments = _same(rule.name, tree, state.moments, "the state")
-        params = grads if params is None else params
-        params = _same(rule.name, tree, params, "parameters")
-        by = rule.scalars(state.count, leaves)
-        rows = zip(params, leaves, moments, places(tree, where), strict=True)
-        found = [one(p, g, m, by, where_of(p, place)) for p, g, m, place in rows]
-        count = optax.safe_increment(state.count)
-        news, moved = (tree.unflatten([x[i] for x in found]) for i in (0, 1))
-        return news, MomentState(count, moved)
-
-    def update(updates, state, params=None, **extra):
-        del extra
-        if params is None and rule.weight_decay:
-            raise SpecError(
-                f"{rule.name}: update needs the parameters for weight decay; call "
-                "tx.update(grads, state, params)"
-            )
-        return step(params, updates, state, _change)
-
-    def apply(params, grads, state, shardings=None):
-        return step(params, grads, state, _applied, shardings)
-
-    return Fused(init, update, apply)
 
 
 def _applied(p, g, moments, by, where):
@@ -253,17 +264,6 @@ def _now(p, given):
     if where is None and not isinstance(p, Tracer):
         where = getattr(p, "sharding", None)
     return where if isinstance(where, NamedSharding) else None
-
-
-def _same(name, tree, other, what):
-    """Leaves of a tree that has to be like that of the gradients."""
-    try:
-        return tree.flatten_up_to(other)
-    except ValueError as error:
-        raise SpecError(
-            f"{name}: gradients and {what} are different trees: {error}; give those "
-            "of one model"
-        ) from None
 
 
 def _check(name, path, p):

@@ -100,6 +100,8 @@ def matching(setting: str, wanted: str | Sequence[str], every: Names) -> set[str
     Raises:
       SpecError: It names nothing, or is no regular expression.
     """
+    if isinstance(wanted, str) and re.fullmatch(r"[\w.]+", wanted):
+        wanted = (wanted,)
     if isinstance(wanted, str):
         pattern = compiled(setting, wanted)
         hits = {p for p, names in every.items() if any(map(pattern.fullmatch, names))}

@@ -79,8 +79,7 @@ class Step:
       wrt: Filter of the variables to train; adapters by default.
       remat: What the gradient finds stored, one of `qjax.models.block.REMAT`.
       loss_chunk: Tokens whose logits exist at a time.
-      offload: Keep the optimizer's state in the host's memory. A step whose gradient is
-        not finite then changes its moments, though no parameter.
+      offload: Keep the optimizer's state in the host's memory.
       mesh: Devices that share the step, from `qjax.train.make_mesh`; the variables of
         the model move there.
 
@@ -306,11 +305,7 @@ class Step:
             trainable, optimizer = held
             return apply(self.tx, trainable, grads, optimizer, where)
 
-        if not self.offload:
-            return jax.lax.cond(finite, update, lambda held: held, held)
-        trainable, optimizer = update(held)
-        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), trainable, held[0])
-        return kept, optimizer
+        return jax.lax.cond(finite, update, lambda held: held, held)
 
 
 def _shape(x: Any, where: Any) -> jax.ShapeDtypeStruct:

@@ -8,6 +8,7 @@ import optax
 from flax import nnx
 
 import qjax
+from qjax.abstract import abstract_decoder
 from qjax.models import Decoder, ModelConfig, param_shapes
 from qjax.train.lora import LoRA, attach
 from qjax.train.optimizers import relaxed
@@ -27,6 +28,7 @@ CONFIG = {
     "vocab_size": 320,
     "max_position_embeddings": 64,
     "rope_theta": 10000.0,
+    "attention_bias": True,
 }
 ROWS, TIME = 8, 16
 
@@ -51,6 +53,15 @@ def _model(recipe, **lora):
             value = rng.standard_normal(leaf.get_value().shape).astype(np.float32)
             leaf.set_value(jax.numpy.asarray(value * 0.05))
     return made
+
+
+def shapes(recipe="nf4", **lora):
+    """Such a model without arrays."""
+    return abstract_decoder(
+        ModelConfig.from_hf(CONFIG),
+        recipe,
+        change=lambda made: attach(made, LoRA(rank=4, **lora), jax.random.key(1)),
+    )
 
 
 def batch(rows=ROWS, first=0):
