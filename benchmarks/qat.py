@@ -1,9 +1,9 @@
 """What quantization-aware training recovers of the perplexity that rounding costs.
 
-    command   python benchmarks/qat.py [--recipes int4-g64 int3-g64] [--steps 150]
+    command   python benchmarks/qat.py [--recipes int4-g64 int3-g64] [--steps 100]
               [--learn lsq] [--rate 1e-4] [--loss kl] [--json FILE]
     hardware  any CPU
-    minutes   about five per recipe on two cores, as many for the float model
+    minutes   about ten per recipe on two cores, and for the float model with `ce`
     result    a Markdown table: perplexity of the bundled model on books it has not
               seen, as it is, rounded to nearest, and trained for the format; the share
               of the gap that training recovers; and whether the converted model gives
@@ -100,7 +100,7 @@ def same_logits(a, b, tokens) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipes", nargs="*", default=["int4-g64", "int3-g64"])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--learn", default="lsq")
     parser.add_argument("--loss", choices=("kl", "ce"), default="kl")

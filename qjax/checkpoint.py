@@ -31,6 +31,7 @@ from qjax.converters.huggingface import (
 from qjax.converters.shards import contained
 from qjax.errors import FormatError, SpecError, UnsupportedError
 from qjax.io.files import shown
+from qjax.nn.qat import Learned
 from qjax.tensor import QuantizedTensor, with_dtype
 from qjax.wrappers import Wrapper
 
@@ -222,6 +223,24 @@ def hold(leaf: Any, dtype: Any) -> Any:
     return with_dtype(leaf, jnp.dtype(dtype).name)
 
 
+def refuse_training(model: Any, verb: str) -> None:
+    """Refuses what would lose adapters, or learned scales, of a model.
+
+    Raises:
+      SpecError: it has some.
+    """
+    if jax.tree.leaves(nnx.state(model, Learned)):
+        raise SpecError(
+            f"{verb}: the model is in quantization-aware training; store its weights "
+            "as codes first, with qjax.train.convert"
+        )
+    if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
+        raise SpecError(
+            f"{verb}: the model has adapters under training; write them with "
+            "qjax.train.save_adapter, or merge them first with qjax.train.merge"
+        )
+
+
 def save(
     model: Any,
     directory: str | os.PathLike[str],
@@ -246,11 +265,7 @@ def save(
             "save: the model was not made by qjax.load or qjax.quantize_model, so "
             "there is no config.json to store with it"
         )
-    if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
-        raise SpecError(
-            "save: the model has adapters under training; write them with "
-            "qjax.train.save_adapter, or merge them first with qjax.train.merge"
-        )
+    refuse_training(model, "save")
     write_artifact(directory, model.parts(), assets, overwrite=overwrite)
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from qjax.artifact import ArtifactWriter, is_artifact, part_name
 from qjax.calibration import CONTEXT, calibration_windows
-from qjax.checkpoint import Assets, dense_parts, hold, tokenizer_of
+from qjax.checkpoint import Assets, dense_parts, hold, refuse_training, tokenizer_of
 from qjax.converters.huggingface import open_checkpoint
 from qjax.errors import SpecError
 from qjax.formats import Format
@@ -64,7 +64,7 @@ def quantize_model(
 
     Raises:
       SpecError: the recipe does not apply or needs calibration, there is too little of
-        it, or `source` is already quantized.
+        it, or `source` is already quantized or has adapters under training.
       NonFiniteError: a weight or a calibration activation is NaN or infinite.
     """
     from qjax.converters.gguf_recipe import mixture
@@ -99,6 +99,7 @@ def quantize_model(
         return params, quantizer.report(entries), own
 
     if isinstance(source, Decoder):
+        refuse_training(source, "quantize_model")
         compute = jnp.dtype(dtype or source.dtype)
         config, directory = source.config, getattr(source.assets, "directory", None)
         tokenizer = _tokenizer(calibration, directory)

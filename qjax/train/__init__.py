@@ -3,11 +3,16 @@
 from qjax.train.adapters import load_adapter as load_adapter
 from qjax.train.adapters import save_adapter as save_adapter
 from qjax.train.adapters import save_base as save_base
+from qjax.train.checkpoints import Checkpoints as Checkpoints
 from qjax.train.config import Finetune as Finetune
+from qjax.train.config import Log as Log
+from qjax.train.config import finetune_from_dict as finetune_from_dict
+from qjax.train.config import load_finetune as load_finetune
 from qjax.train.data import Data as Data
 from qjax.train.data import load_data as load_data
 from qjax.train.data import make_batches as make_batches
 from qjax.train.data import make_eval_batches as make_eval_batches
+from qjax.train.lora import AttachReport as AttachReport
 from qjax.train.lora import LoRA as LoRA
 from qjax.train.lora import adapter_tree as adapter_tree
 from qjax.train.lora import attach as attach
@@ -23,6 +28,7 @@ from qjax.train.optimizers import make_optimizer as make_optimizer
 from qjax.train.qat import QAT as QAT
 from qjax.train.qat import convert as convert
 from qjax.train.qat import prepare as prepare
+from qjax.train.result import FinetuneResult as FinetuneResult
 from qjax.train.run import finetune as finetune
 from qjax.train.step import Step as Step
 from qjax.train.step import TrainState as TrainState

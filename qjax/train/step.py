@@ -23,6 +23,7 @@ from jaxtyping import Array
 
 from qjax.errors import SpecError
 from qjax.nn.lora import with_dropout_key
+from qjax.nn.qat import at_step
 from qjax.train.fused import apply, global_norm
 from qjax.train.layout import Layout, put
 from qjax.train.loss import chunked_loss
@@ -280,6 +281,7 @@ class Step:
 
     def _step(self, state: TrainState, frozen: Any, batch: Batch):
         key = jax.random.fold_in(state.key, state.step)
+        frozen = at_step(frozen, state.step)
         gradients = self._gradients
         if self.parallel is not None:
             gradients = self.parallel.gradient(gradients)

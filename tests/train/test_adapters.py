@@ -168,6 +168,8 @@ def test_a_model_with_adapters_is_not_saved_as_one_without(tmp_path):
     with pytest.raises(SpecError, match=r"save: the model has adapters.*save_adapter"):
         qjax.save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(SpecError, match="quantize_model: the model has adapters"):
+        qjax.quantize_model(model, "int8")
 
 
 def test_an_adapter_of_a_changed_base_fits_no_other(tmp_path):

@@ -8,9 +8,12 @@ import pytest
 from flax import nnx
 
 from qjax.errors import SpecError
+from qjax.formats import Int
 from qjax.models import Decoder, ModelConfig, param_shapes
+from qjax.recipes import Recipe, Rule
 from qjax.train.lora import LoRA, attach
 from qjax.train.loss import chunked_loss, token_losses
+from qjax.train.qat import QAT, prepare
 from qjax.train.step import Step
 
 CONFIG = ModelConfig.from_hf(
@@ -178,3 +181,16 @@ def test_refused():
         run(batch, remat="blocks")
     with pytest.raises(SpecError, match="loss_chunk is 0"):
         run(batch, loss_chunk=0)
+
+
+def test_layers_know_the_number_of_the_step():
+    model = Decoder(CONFIG, make_model().params())
+    recipe = Recipe(rules=(Rule("layers.*kernel", Int(2, 8)),))
+    prepare(model, QAT(recipe, start_step=1))
+    step = Step(model, optax.sgd(0.0), wrt=QAT(recipe).wrt)
+    state, losses = step.init(jax.random.key(0)), []
+    for _ in range(3):
+        state, metrics = step(state, step.frozen, make_batch())
+        losses.append(float(metrics.loss))
+    assert losses[0] != losses[1]  # from the second step on weights are rounded
+    assert losses[1] == losses[2]
