@@ -22,7 +22,8 @@ class LoRA:
       variant: `"lora"`, `"rslora"`, `"dora"` or `"qalora"`.
       targets: `"all-linear"`, which leaves out embeddings and head; names or their
         ends, ours (`attn.q`, `layers.3.mlp.down`, `embed`) or the checkpoint's
-        (`q_proj`); or one string, a regular expression of whole names.
+        (`q_proj`), one or several; any other string is a regular expression of
+        whole names.
       exclude: Names to leave out, as `targets`.
       init: `"kaiming"`, `"gaussian"`, `"pissa"` or `"loftq"`.
       dropout: Part of the inputs of A that is dropped in training.
