@@ -22,6 +22,7 @@ OPTIMIZED = {
     "evaluate",
     "formats",
     "peers",
+    "test_aot_memory.py",
     "test_examples.py",
     "test_memory.py",
     "test_tpu_compile.py",
