@@ -92,14 +92,3 @@ def test_readme_table_is_the_quickstarts(root):
     assert block[0] == "| " + " | ".join(quickstart.HEADER) + " |"
     names = [line.split("|")[1].strip() for line in block[2:]]
     assert names == ["bf16 (original)", *quickstart.RECIPES]
-
-
-@pytest.mark.slow
-def test_finetune(root, tmp_path):
-    done = _python(
-        root / "examples" / "finetune.py", "--results", tmp_path, "--steps", 2
-    )
-    assert done.returncode == 0, done.stderr
-    for name in ("instructions", "books"):
-        assert (tmp_path / name / "adapter" / "adapter_model.safetensors").exists()
-    assert "perplexity on held-out text, before and after" in done.stdout

@@ -44,7 +44,7 @@ def test_names_of_targets():
             r"names 'q_prj', which this model does not have.*'q_proj'",
         ),
         (
-            {"targets": "q_proj"},
+            {"targets": "q_proj.*"},
             r"regular expression of whole names, matches none.*q_proj",
         ),
         ({"targets": "q_proj("}, "is no regular expression"),
