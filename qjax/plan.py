@@ -36,11 +36,12 @@ from qjax.plan_parts import (
     weight_bytes,
 )
 from qjax.recipes import Recipe
+from qjax.train.batch import BATCH
 from qjax.train.lora import LoRA, attach
 from qjax.train.mesh import Mesh, make_mesh
 from qjax.train.offload import peak_bytes
 from qjax.train.optimizers import Optimizer, make_optimizer
-from qjax.train.step import BATCH, Step
+from qjax.train.step import Step
 
 MODES = ("serve", "finetune")
 

@@ -5,10 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax.train.batch import BATCH
 from qjax.train.config import Finetune
 from qjax.train.offload import available_bytes, peak_bytes, should_offload
 from qjax.train.optimizers import make_optimizer
-from qjax.train.step import BATCH, Step
+from qjax.train.step import Step
 
 
 def make_step(

@@ -11,7 +11,6 @@ activations under the chosen `remat`; logits of `loss_chunk` tokens.
 """
 
 import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +23,7 @@ from jaxtyping import Array
 from qjax.errors import SpecError
 from qjax.nn.lora import with_dropout_key
 from qjax.nn.qat import at_step
+from qjax.train.batch import Batch, checked
 from qjax.train.fused import apply, global_norm
 from qjax.train.layout import Layout, put
 from qjax.train.loss import chunked_loss
@@ -31,12 +31,6 @@ from qjax.train.mesh import place_batch
 from qjax.train.offload import host_states, to_host
 from qjax.train.parallel import Parallel
 from qjax.train.state_shardings import state_shardings
-
-Batch = Mapping[str, Array]
-"""`tokens`, `targets`, `weights`, `positions` and `segments`, each `[accumulate, rows,
-time]`; see `Step`."""
-
-BATCH = ("tokens", "targets", "weights", "positions", "segments")
 
 
 class TrainState(NamedTuple):
@@ -312,21 +306,3 @@ class Step:
 
 def _shape(x: Any, where: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-
-def checked(batch: Batch) -> dict[str, Array]:
-    """Returns the arrays of a batch that a step takes.
-
-    Raises:
-      SpecError: One is missing, or shapes differ.
-    """
-    missing = [name for name in BATCH if name not in batch]
-    if missing:
-        raise SpecError(f"the batch lacks {', '.join(missing)}; it takes {BATCH}")
-    shapes = {name: tuple(batch[name].shape) for name in BATCH}
-    if len(set(shapes.values())) > 1 or len(shapes["tokens"]) != 3:
-        raise SpecError(
-            f"the batch has shapes {shapes}; expected one shape "
-            "[accumulate, rows, time] of all"
-        )
-    return {name: batch[name] for name in BATCH}
