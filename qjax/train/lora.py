@@ -7,12 +7,14 @@ silently: `attach` reports every weight, and a target that names none is an erro
 Costs: the factors in float32; DoRA, `pissa` and `loftq` decode one weight at a time.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Array
 
+from qjax.converters.adapters import changed_recipe
 from qjax.errors import SpecError
 from qjax.nn.lora import without_adapter
 from qjax.train.lora_config import AttachReport as AttachReport
@@ -61,7 +63,18 @@ def attach(
         for index, path in enumerate(site.paths)
         if path in ranks
     }
-    return AttachReport(tuple(install(found, owns)), tuple(targets.kept.items()))
+    modules = tuple(install(found, owns))
+    if any(one.base != "kept" for one in modules):
+        _mark(model, config)
+    return AttachReport(modules, tuple(targets.kept.items()))
+
+
+def _mark(model: Any, config: LoRA) -> None:
+    """Notes in a model's recipe that its weights fit these adapters only."""
+    assets = getattr(model, "assets", None)
+    if assets is not None:
+        recipe = changed_recipe(assets.recipe, dataclasses.asdict(config))
+        model.assets = dataclasses.replace(assets, recipe=recipe)
 
 
 def detach(model: Any) -> None:

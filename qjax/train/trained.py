@@ -8,10 +8,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from qjax.checkpoint import save, write_artifact
+from qjax.checkpoint import save
 from qjax.errors import UnsupportedError
 from qjax.recipes import load_recipe
-from qjax.train.adapters import detached_parts, save_adapter
+from qjax.train.adapters import save_adapter, save_base
 from qjax.train.config import Finetune
 from qjax.train.lora import attach
 from qjax.train.qat import convert, prepare
@@ -99,8 +99,7 @@ def export(
             name = base or base_model
             save_adapter(model, files.adapter, base_model=name, overwrite=True)
         if trained.new_base:
-            parts = detached_parts(model)
-            write_artifact(files.model, parts, model.assets, overwrite=True)
+            save_base(model, files.model, overwrite=True)
         if not adapters:
             made = convert(model)
             made.assets = dataclasses.replace(made.assets, recipe=trained.recipe)

@@ -13,7 +13,6 @@ import qjax
 from qjax.artifact import Artifact
 from qjax.checkpoint import Assets
 from qjax.converters import adapters as served
-from qjax.converters.adapters import changed_recipe
 from qjax.converters.peft import read_adapter, write_adapter
 from qjax.errors import NonFiniteError, SpecError, UnsupportedError
 from qjax.formats import Int
@@ -173,8 +172,8 @@ def test_a_model_with_adapters_is_not_saved_as_one_without(tmp_path):
 
 
 def test_an_adapter_of_a_changed_base_fits_no_other(tmp_path):
-    recipe = changed_recipe('{"name": "int4"}', {"init": "pissa"})
-    model = with_assets(trained(VARIANTS["lora"]), tmp_path / "m", recipe)
+    model = with_assets(base_model(), tmp_path / "m", '{"name": "int4"}')
+    model = trained(replace(VARIANTS["lora"], init="pissa"), model)
     save_adapter(model, tmp_path / "a")
     save_base(model, tmp_path / "base")
     base = with_assets(base_model(), tmp_path / "m", '{"name": "int4"}')
