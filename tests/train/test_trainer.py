@@ -191,6 +191,15 @@ def test_a_signal_saves_and_the_run_continues_bit_for_bit(
     assert told(out) == told(whole[0]) and bits(out) == bits(whole[0])
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as in a foreground process; a shell's background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_first_signal_is_a_request_and_the_second_is_not():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with Stops() as stops:
