@@ -1,13 +1,14 @@
 """QLoRA steps beside PEFT over bitsandbytes: tokens per second and memory, on CPU.
 
     command   python benchmarks/finetune_speed.py [--steps 8] [--rows 4] [--time 256]
-              [--rounds 2] [--json FILE]
+              [--rounds 2] [--remat products] [--json FILE]
     needs     torch, transformers, peft, bitsandbytes ('.[peers]')
 
 Both train adapters of rank 16 on all linear layers of the bundled model, NF4 with
 double quantization, float32, AdamW, on the same tokens. Each side runs in a process of
 its own, in turns; a row has the median step of all its rounds, the first two of each
-left out, and the greatest resident memory.
+left out, and the greatest resident memory. Both have the logits of all tokens at once,
+and with `--remat block` both compute blocks again in the gradient.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def tokens_of(steps: int, rows: int, length: int) -> np.ndarray:
     return rng.integers(5, 2000, (steps + WARM, rows, length + 1))
 
 
-def ours(batches: np.ndarray) -> tuple[list[float], list[float]]:
+def ours(batches: np.ndarray, remat: str) -> tuple[list[float], list[float]]:
     """Seconds and losses of the steps of qjax."""
     import jax
 
@@ -43,7 +44,9 @@ def ours(batches: np.ndarray) -> tuple[list[float], list[float]]:
     model, _ = qjax.load(MODEL)
     model = qjax.quantize_model(model, "nf4")
     attach(model, LoRA(rank=16), jax.random.key(0))
-    step = Step(model, make_optimizer(Optimizer(warmup=0.0), len(batches)))
+    tx = make_optimizer(Optimizer(warmup=0.0), len(batches))
+    tokens = batches.shape[1] * (batches.shape[2] - 1)
+    step = Step(model, tx, remat=remat, loss_chunk=tokens)
     state = step.init(jax.random.key(1))
     seconds, losses = [], []
     for ids in batches.astype(np.int32):
@@ -62,8 +65,8 @@ def ours(batches: np.ndarray) -> tuple[list[float], list[float]]:
     return seconds, losses
 
 
-def theirs(batches: np.ndarray) -> tuple[list[float], list[float]]:
-    """Seconds and losses of the steps of PEFT."""
+def theirs(batches: np.ndarray, remat: str) -> tuple[list[float], list[float]]:
+    """Seconds and losses of the steps of PEFT, with its gradient checkpoints or not."""
     import peft
     import torch
     import transformers
@@ -81,6 +84,9 @@ def theirs(batches: np.ndarray) -> tuple[list[float], list[float]]:
         r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     model = peft.get_peft_model(model, config)
+    if remat == "block":
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
@@ -106,6 +112,7 @@ def alone(options: argparse.Namespace, side: str) -> dict[str, object]:
         path = Path(folder) / "out.json"
         sizes = [options.steps, options.rows, options.time]
         command = [sys.executable, __file__, "--side", side, "--json", str(path)]
+        command += ["--remat", options.remat]
         for name, size in zip(("--steps", "--rows", "--time"), sizes, strict=True):
             command += [name, str(size)]
         subprocess.run(command, check=True)
@@ -119,13 +126,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--time", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--remat", default="products", help="what qjax stores")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--side", choices=("qjax", "peft"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         run = {"qjax": ours, "peft": theirs}[options.side]
         batches = tokens_of(options.steps, options.rows, options.time)
-        seconds, losses = run(batches)
+        seconds, losses = run(batches, options.remat)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         done = {"seconds": seconds[WARM:], "first": seconds[0], "losses": losses}
         options.json.write_text(json.dumps(done | {"peak_bytes": peak}), "utf-8")

@@ -22,7 +22,14 @@ import jax
 FOLDER = Path(__file__).parent
 VARIABLE = "QJAX_NATIVE"
 ISAS = ("amx", "avx512", "avxvnni", "avx2", "neon", "plain", "amx-emulated")
-TARGETS = ("qjax_attention", "qjax_matmul", "qjax_stream_read", "qjax_trellis")
+TARGETS = (
+    "qjax_attention",
+    "qjax_matmul",
+    "qjax_self_attention",
+    "qjax_self_attention_gradient",
+    "qjax_stream_read",
+    "qjax_trellis",
+)
 UNBUILT = "unbuilt.txt"
 """Written by `setup.py` when it could not build: the reason."""
 

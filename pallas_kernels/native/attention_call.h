@@ -21,6 +21,19 @@ struct AttentionCall {
   void* y = nullptr;  // as q
 };
 
+// Attention of whole rows of tokens to themselves, and its gradient; all float32.
+struct SelfCall {
+  int64_t batch = 0, heads = 0, kv_heads = 0, time = 0, width = 0;
+  const float* q = nullptr;         // [batch, time, heads, width]
+  const float *k = nullptr, *v = nullptr;  // [batch, kv_heads, time, width]
+  const int32_t *positions = nullptr, *segments = nullptr;  // [batch, time]
+  int64_t window = 0;
+  float factor = 1;
+  float* y = nullptr;               // as q, of the forward pass
+  const float* dy = nullptr;        // as q, of the gradient
+  float *dq = nullptr, *dk = nullptr, *dv = nullptr;  // as q, k and v
+};
+
 constexpr int64_t kSlots = 64;  // of a cache, decoded at a time
 constexpr int64_t kWidths = 16;  // widths of heads are multiples of it
 

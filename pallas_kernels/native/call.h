@@ -113,6 +113,7 @@ struct Call {
 };
 
 struct AttentionCall;
+struct SelfCall;
 
 struct Engine {
   const char* name;
@@ -127,6 +128,8 @@ struct Engine {
   void (*transposed)(const Call&, int64_t m0, int64_t m1, const Block&);
   // The queries of one row and key head, `item` of batch * kv_heads.
   void (*attend)(const AttentionCall&, int64_t item);
+  // The same of tokens to themselves, or the gradient of it.
+  void (*attend_self)(const SelfCall&, int64_t item);
 };
 
 // The engine of the instruction set in use.

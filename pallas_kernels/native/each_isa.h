@@ -4,3 +4,4 @@
 #include "lanes.h"
 #include "engine.h"
 #include "attention.h"
+#include "self_attention.h"

@@ -130,59 +130,6 @@ static void forward(const Call& c, int64_t m0, int64_t m1, int64_t c0, int64_t c
   forward_strips(c, m0, m1, c0, c1, add);
 }
 
-static void transposed(const Call& c, int64_t m0, int64_t m1, const Block& block) {
-  thread_local Buffer panels, sums, edges;
-  float* panel = panels.get<float>((kFloatBlock + 8) * W);
-  uint8_t* edge = edges.get<uint8_t>(kBlock * W);
-  float* sum = sums.get<float>((m1 - m0) * block.rows * L);
-  std::memset(sum, 0, (m1 - m0) * block.rows * L * sizeof(float));
-  const DecodeValues values = value_code(c).decode;
-  for (int64_t column = 0; column < c.n; column += W) {
-    int64_t count = c.n - column < W ? c.n - column : W;
-    Strip strip = strip_of(c, block, column, count, edge);
-    F s[4], z[4];
-    load_scales(c, block.group, column, count, c.offset, false, s, z);
-    values(strip.p, strip.stride, block.units, c, panel);
-    for (int64_t i = 0; i < block.rows; ++i) {
-      for (int t = 0; t < 4; ++t) {
-        float* at = panel + (i * 4 + t) * L;
-        fstore(at, fmul(s[t], fsub(fload(at), z[t])));
-      }
-    }
-    if (count < W) {  // a table may hold anything for the code of padding
-      for (int64_t i = 0; i < block.rows; ++i) {
-        std::memset(panel + i * W + count, 0, (W - count) * sizeof(float));
-      }
-    }
-    for (int64_t r = m0; r < m1; ++r) {
-      alignas(64) float line[W];
-      const float* x = c.xf + r * c.n + column;
-      if (count < W) {
-        std::memset(line, 0, sizeof line);
-        std::memcpy(line, x, count * sizeof(float));
-        x = line;
-      }
-      F v[4] = {fload(x), fload(x + L), fload(x + 2 * L), fload(x + 3 * L)};
-      float* to = sum + (r - m0) * block.rows * L;
-      const float* w = panel;
-      for (int64_t i = 0; i < block.rows; ++i, w += 4 * L, to += L) {
-        F a = fma(v[0], fload(w), fload(to));
-        F b = fmul(v[1], fload(w + L));
-        a = fma(v[2], fload(w + 2 * L), a);
-        b = fma(v[3], fload(w + 3 * L), b);
-        fstore(to, fadd(a, b));
-      }
-    }
-  }
-  float line[kFloatBlock], bias[kFloatBlock];
-  if (c.bias.type != Type::none) to_floats(c.bias, block.first, block.rows, bias);
-  for (int64_t r = m0; r < m1; ++r) {
-    for (int64_t i = 0; i < block.rows; ++i) {
-      line[i] = fsum(fload(sum + ((r - m0) * block.rows + i) * L));
-      if (c.bias.type != Type::none) line[i] += bias[i];
-    }
-    from_floats(line, block.rows, c.y_type, c.y, r * c.k + block.first);
-  }
-}
+#include "turned.h"
 
 #include "prepare.h"

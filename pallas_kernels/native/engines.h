@@ -11,10 +11,12 @@
 
 #define QJAX_ENGINE(isa) \
   {#isa,         isa::W,       0,              isa::kWords ? 4 : 8,                  \
-   isa::prepare, isa::forward, isa::transposed, isa::attend}
+   isa::prepare, isa::forward, isa::transposed, isa::attend, \
+   isa::attend_self}
 #define QJAX_TILED(name, isa, planes)                                \
   {name,         isa::W,             planes,          8,                         \
-   isa::prepare, isa::forward_tiles, isa::transposed, isa::attend}
+   isa::prepare, isa::forward_tiles, isa::transposed, isa::attend, \
+   isa::attend_self}
 
 namespace qjax {
 

@@ -140,7 +140,14 @@ bool run_forward(const Call& c, const Engine& engine, xla::ffi::ThreadPool& pool
 
 bool run_transposed(const Call& c, const Engine& engine, xla::ffi::ThreadPool& pool,
                     int64_t threads) {
-  const int64_t rows = 16, blocks = c.blocks.size();
+  const int64_t blocks = c.blocks.size();
+  // Codes are decoded once per part, so parts are as large as keeps all threads busy.
+  int64_t rows = kFewRows;
+  if (c.m > kFewRows) {
+    const int64_t parts = (4 * threads + blocks - 1) / blocks;
+    rows = (c.m + parts - 1) / parts;
+    rows = rows < 64 ? 64 : rows > 1024 ? 1024 : rows;
+  }
   return parallel(pool, threads, blocks * ((c.m + rows - 1) / rows), [&](int64_t i) {
     int64_t m0 = i / blocks * rows;
     engine.transposed(c, m0, m0 + rows < c.m ? m0 + rows : c.m, c.blocks[i % blocks]);

@@ -19,7 +19,9 @@ from qjax.models.cache import FloatKV, LayerCache, Positions, QuantizedKV
 from qjax.models.config import ModelConfig
 from qjax.models.layers import Leaves, Norm, below, linear
 from qjax.models.rope import apply_rope
+from qjax.nn.linear import kept
 from qjax.ops.attention import cached_attention, float_attention
+from qjax.ops.self_attention import self_attention
 
 MAX_SCORES = 2**26
 MASKED = -1e30  # finite: a row that sees nothing averages instead of giving NaN
@@ -105,14 +107,20 @@ def attend(
 def _attend_in_parts(q, k, v, queries, keys, segments=None, **options):
     """Does what `attend` does, a bounded number of queries at a time.
 
-    A gradient computes the scores of a part again, so they never exist for all queries.
+    A gradient computes the scores again, so they are never stored.
     """
     time, length = q.shape[1], k.shape[2]
     heads = q.shape[0] * q.shape[2] * q.shape[3]
     part = max(1, MAX_SCORES // (heads * length))
-    if time <= part:
-        pair = None if segments is None else (segments, segments)
+
+    @jax.checkpoint
+    def one(items):
+        q, queries, own = items
+        pair = None if own is None or segments is None else (own, segments)
         return attend(q, k, v, queries, keys, segments=pair, **options)
+
+    if time <= part:
+        return one((q, queries, segments))
     count = -(-time // part)
     spare = count * part - time
     q = jnp.pad(q, [(0, 0), (0, spare)] + [(0, 0)] * 3)
@@ -121,12 +129,6 @@ def _attend_in_parts(q, k, v, queries, keys, segments=None, **options):
 
     def split(x: Array) -> Array:
         return jnp.moveaxis(x.reshape(x.shape[0], count, part, *x.shape[2:]), 1, 0)
-
-    @jax.checkpoint
-    def one(items):
-        q, queries, own = items
-        pair = None if own is None or segments is None else (own, segments)
-        return attend(q, k, v, queries, keys, segments=pair, **options)
 
     done = jax.lax.map(one, jax.tree.map(split, (q, queries, own)))
     done = jnp.moveaxis(done, 0, 1)
@@ -177,7 +179,7 @@ class Attention(nnx.Module):
         k = jnp.swapaxes(k, 1, 2)
         if cache is not None:
             cache = cache.write(k, v, positions.index)
-        mixed = self._mix(q, k, v, positions, numbers, cache)
+        mixed = kept(self._mix(q, k, v, positions, numbers, cache))
         return self.o(mixed.reshape(*x.shape[:2], config.q_dim)), cache
 
     def _mix(
@@ -214,8 +216,12 @@ class Attention(nnx.Module):
             return _attend_in_parts(q, k, v, queries, keys, **options)
 
         if cache is None or not isinstance(stored, FloatKV):
-            how = (options["scale"], options["window"], positions.segments)
-            return plain(q, k, v, *where, *how)
+
+            def alone(q, k, v, at, segments, scale, window):
+                return plain(q, k, v, at, at, scale, window, segments).reshape(q.shape)
+
+            how = (positions.segments, options["scale"], options["window"], softcap)
+            return self_attention(alone, q, k, v, positions.queries, *how)
 
         def layer_wise(q, keys, values, queries, positions, layer, scale, window):
             k, v = FloatKV(keys, values).read(layer)

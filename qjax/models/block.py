@@ -19,6 +19,7 @@ from qjax.models.attention import Attention, LayerNumbers
 from qjax.models.cache import FloatKV, LayerCache, Positions, QuantizedKV
 from qjax.models.config import ModelConfig
 from qjax.models.layers import MLP, Leaves, Norm, below
+from qjax.nn.linear import PRODUCT
 from qjax.tensor import QuantizedTensor
 from qjax.wrappers import layer_of
 
@@ -135,9 +136,10 @@ def run_blocks(
     return x, cache
 
 
-REMAT = ("none", "block", "offload")
-"""What a gradient finds stored: everything; each block's input, the rest is computed
-again; or that input in the host's memory, fetched when its block is due."""
+REMAT = ("none", "products", "block", "offload")
+"""What a gradient finds stored: everything; results of products, the rest is computed
+again; each block's input alone; or that input in the host's memory, fetched when its
+block is due."""
 
 
 def stored_by(remat: str, step: Any) -> Any:
@@ -151,6 +153,8 @@ def stored_by(remat: str, step: Any) -> Any:
     if remat == "none":
         return step
     policy = None
+    if remat == "products":
+        policy = jax.checkpoint_policies.save_only_these_names(PRODUCT)
     if remat == "offload":
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],

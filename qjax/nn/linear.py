@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Num
 
 from qjax import ops
@@ -19,6 +20,9 @@ from qjax.methods import Method
 from qjax.nn.base import QuantizedLayer, as_variable, compute_dtype
 from qjax.tensor import QuantizedTensor
 from qjax.wrappers import Transposed
+
+PRODUCT = "product"
+"""Name of results of products, for policies of `jax.checkpoint`."""
 
 
 class QLinear(QuantizedLayer):
@@ -84,7 +88,7 @@ class QLinear(QuantizedLayer):
         y = multiply(x.astype(dtype), self.weight(), self)
         if self.bias is not None:
             y = y + self.bias.get_value().astype(dtype).astype(y.dtype)
-        return reshard(y, out_sharding)
+        return reshard(kept(y), out_sharding)
 
 
 class QEmbed(QuantizedLayer):
@@ -182,6 +186,11 @@ def _precision_name(precision: Any) -> str:
         precision = precision[0]
     name = getattr(precision, "name", precision)
     return name.lower() if isinstance(precision, jax.lax.Precision) else str(name)
+
+
+def kept(y: Array) -> Array:
+    """Marks what a gradient finds stored under `remat="products"`."""
+    return checkpoint_name(y, PRODUCT)
 
 
 def reshard(y: Array, out_sharding: Any) -> Array:

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int, Num
 from qjax import ops
 from qjax.nn.base import compute_dtype
 from qjax.nn.einsum import QEinsum
-from qjax.nn.linear import QEmbed, QLinear, multiply, reshard
+from qjax.nn.linear import QEmbed, QLinear, kept, multiply, reshard
 from qjax.tensor import QuantizedTensor
 from qjax.wrappers import RoundedInputs, Wrapper
 
@@ -105,7 +105,7 @@ class Adapter(nnx.Module):
         if self.pool > 1:
             x = x.reshape(*x.shape[:-1], -1, self.pool).mean(-1)
         a, b = (leaf.get_value().astype(x.dtype) for leaf in (self.a, self.b))
-        return (x @ a) @ b * self.scale.get_value().astype(x.dtype)
+        return _factor(kept(_factor(x, a)), b) * self.scale.get_value().astype(x.dtype)
 
     def columns(self, w: Any) -> Float[Array, " out"]:
         """Returns `m / |W + s A B|` of DoRA, float32; the norm has no gradient.
@@ -126,6 +126,39 @@ class Adapter(nnx.Module):
         squares = self.squares.get_value() + s * jnp.sum(b * own, 0)
         norm = lax.stop_gradient(jnp.sqrt(jnp.maximum(squares, 1e-30)))
         return self.magnitude.get_value() / norm
+
+
+@jax.custom_vjp
+def _factor(
+    x: Float[Array, "*batch in"], w: Float[Array, "in out"]
+) -> Float[Array, "*batch out"]:
+    """The product with a factor, of which `in` or `out` is the rank.
+
+    The factor's gradient is computed so that no wide array has to be transposed: XLA
+    on CPU copies the first operand when it is summed over its rows.
+    """
+    return x @ w
+
+
+def _factor_forward(x, w):
+    return x @ w, (x, w)
+
+
+def _factor_backward(kept, g):
+    x, w = kept
+    rows = tuple(range(x.ndim - 1))
+
+    def along(a, b):
+        return lax.dot_general(a, b, ((rows, rows), ((), ())))
+
+    if x.shape[-1] <= g.shape[-1]:
+        dw = along(x, g)
+    else:
+        dw = lax.optimization_barrier(along(g, x)).T
+    return g @ w.T, dw
+
+
+_factor.defvjp(_factor_forward, _factor_backward)
 
 
 class LoRALinear(QLinear):
@@ -151,7 +184,7 @@ class LoRALinear(QLinear):
         y = self.adapted(x, multiply(x, w, self), w)
         if self.bias is not None:
             y = y + self.bias.get_value().astype(x.dtype).astype(y.dtype)
-        return reshard(y, out_sharding)
+        return reshard(kept(y), out_sharding)
 
     def adapted(
         self,

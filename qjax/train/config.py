@@ -56,7 +56,8 @@ class Finetune:
       epochs: How often to go through the data; 1 by default.
       batch: Rows of a micro-batch, over all devices.
       accumulate: Micro-batches of an update.
-      remat: What the gradient finds stored: "none", "block" or "offload".
+      remat: What the gradient finds stored: "none" (everything), "products", "block"
+        (the input of each) or "offload" (the same, in the host's memory).
       loss_chunk: Tokens whose logits exist at a time.
       eval_every: Steps between two evaluations; None for those before the first step
         and after the last alone.

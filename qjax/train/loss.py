@@ -1,7 +1,7 @@
 """Next-token loss without the logits of a whole batch.
 
 The logits of a vocabulary of 128k take half a megabyte a token; here they exist for a
-few tokens at a time, in the gradient too, which computes them again.
+few tokens at a time, in the gradient too.
 """
 
 from typing import Any
@@ -13,21 +13,42 @@ from jaxtyping import Array, Float, Int
 from qjax.errors import SpecError
 
 
+@jax.custom_vjp
 def token_losses(
     logits: Float[Array, "*batch vocab"], targets: Int[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
     """Returns `-log softmax(logits)[target]` in nats, float32.
 
+    Its gradient, `softmax(logits) - [target]`, is one pass over the logits.
+
     Args:
       logits: Scores of every token of the vocabulary.
       targets: Token ids; the loss of one outside the vocabulary means nothing.
     """
-    logits = logits.astype(jnp.float32)
+    return _forward(logits, targets)[0]
+
+
+def _hit(logits: Array, targets: Array) -> Array:
     # No gather: it would move logits whose vocabulary is spread over devices.
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    hit = ids == targets[..., None]
-    picked = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+    return ids == targets[..., None]
+
+
+def _forward(logits, targets):
+    wide = logits.astype(jnp.float32)
+    picked = jnp.sum(jnp.where(_hit(logits, targets), wide, 0.0), axis=-1)
+    total = jax.nn.logsumexp(wide, axis=-1)
+    return total - picked, (logits, targets, total)
+
+
+def _backward(kept, g):
+    logits, targets, total = kept
+    p = jnp.exp(logits.astype(jnp.float32) - total[..., None])
+    p = jnp.where(_hit(logits, targets), p - 1.0, p)
+    return (g[..., None] * p).astype(logits.dtype), None
+
+
+token_losses.defvjp(_forward, _backward)
 
 
 def chunked_loss(
@@ -44,7 +65,8 @@ def chunked_loss(
       hidden: What `model.logits` takes.
       targets: The next token of every position.
       weights: Weight of every loss; 0 where a target does not count.
-      chunk: Number of tokens whose logits exist at a time.
+      chunk: Number of tokens whose logits exist at a time; a gradient computes them
+        again, except where one chunk is all.
 
     Raises:
       SpecError: `chunk` is not positive.
@@ -62,9 +84,12 @@ def chunked_loss(
 
     def add(total: Array, items: tuple[Array, Array, Array]) -> tuple[Array, None]:
         x, wanted, weight = items
+        weight = weight.astype(jnp.float32)
         return total + jnp.sum(token_losses(model.logits(x), wanted) * weight), None
 
+    if count == 1:
+        return add(jnp.zeros((), jnp.float32), (hidden, targets, weights))[0]
     add = jax.checkpoint(add, prevent_cse=False)
-    parts = (split(hidden), split(targets), split(weights.astype(jnp.float32)))
+    parts = (split(hidden), split(targets), split(weights))
     total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), parts)
     return total

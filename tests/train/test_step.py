@@ -80,7 +80,12 @@ def test_loss_is_that_of_the_whole_batch():
 
 def test_parts_of_a_batch_do_not_matter():
     whole, metrics = run(make_batch(1, 4))
-    for options in ({"remat": "none"}, {"loss_chunk": 7}, {"remat": "offload"}):
+    for options in (
+        {"remat": "none"},
+        {"remat": "products"},
+        {"loss_chunk": 7},
+        {"remat": "offload"},
+    ):
         parts, again = run(make_batch(2, 2), **options)
         np.testing.assert_allclose(again.loss, metrics.loss, rtol=1e-6)
         np.testing.assert_allclose(again.grad_norm, metrics.grad_norm, rtol=1e-5)
