@@ -7,7 +7,7 @@ from qjax.formats import Cast, Format, Ggml
 from qjax.formats.ggml import TYPES
 from qjax.methods import RTN
 from qjax.methods.ggml import GGML
-from qjax.methods.ggml_best import REFINED
+from qjax.methods.ggml_kinds import BETTER
 from qjax.models import ModelConfig, plan
 from qjax.models.weights import Entry
 from qjax.recipes import Recipe, Rule
@@ -56,7 +56,7 @@ def mixture(recipe: Recipe, config: ModelConfig, *, imatrix: bool) -> Recipe:
         kind = mix.type_of(place.name, shape)
         own = TYPES[kind].dtype
         fmt: Format = Ggml(kind) if own is None else Cast(own)
-        mode = "best" if recipe.best and kind in REFINED else "llamacpp"
+        mode = "best" if recipe.best and kind in BETTER else "llamacpp"
         method = GGML(mode) if own is None else RTN()
         rules += [Rule(path, fmt, method) for path in entry.paths]
     return Recipe(tuple(rules), recipe.name)

@@ -324,9 +324,10 @@ def preset(name: str) -> Recipe:
         method = _METHODS[found[1]] if found[1] else RTN("mse")
         return _keep_ends(fmt, method, name)
     every = [*PRESETS, *BEST, *map(str.lower, LLAMA_CPP)]
-    near = difflib.get_close_matches(name, every, n=3, cutoff=0.5)
+    better = [f"{own.lower()}-best" for own in LLAMA_CPP]
+    near = difflib.get_close_matches(name, [*every, *better], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    known = f"known: {', '.join(every)}"
+    known = f"known: {', '.join(every)}, those of llama.cpp also with -best"
     raise SpecError(
         f"unknown recipe {name!r}: {hint}{known}, any METHOD-intB-gG with "
         f"METHOD one of {', '.join(_METHODS)}, or the path of a JSON recipe"

@@ -32,12 +32,10 @@ class Method(Described, abc.ABC):
       needs: fields of `Statistics` without which the method cannot run: any of
         `"square"` (which stands for all sums per feature), `"hessian"`, `"cross"` and
         `"gradient"`.
-      uses: fields that make it better where there is calibration, and are not needed.
       eager: `prepare` reads values, so it runs outside of `jit`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    uses: ClassVar[frozenset[str]] = frozenset()
     eager: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -48,6 +46,11 @@ class Method(Described, abc.ABC):
     @abc.abstractmethod
     def name(self) -> str:
         """Short name used in reports."""
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """Fields that make it better where there is calibration, and are not needed."""
+        return frozenset()
 
     @abc.abstractmethod
     def __call__(

@@ -63,6 +63,9 @@ def choose(method: Method, fmt: Format, statistics: Statistics | None) -> Choice
         return Choice(method, statistics, "")
     seen = f"{count} calibration token{'s' * (count > 1)} for {features} inputs"
     why = seen if count else "no calibration token reached it"
+    if count and "square" in uses and not needs_of(method):
+        reason = f"{why}; {method.name} with the mean squares of inputs alone"
+        return Choice(method, dataclasses.replace(statistics, hessian=None), reason)
     if not needs_of(method):
         return Choice(method, None, f"{why}; {method.name} without them instead")
     if isinstance(fmt, Additive | KMeans | Trellis):

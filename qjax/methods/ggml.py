@@ -13,7 +13,8 @@ Reference: ggml `src/ggml-quants.c` (MIT).
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ from qjax.formats.base import check_choice
 from qjax.formats.ggml import Ggml
 from qjax.ggml import GgmlTensor
 from qjax.methods.base import Method
+from qjax.methods.hessian import Curvature, curvature
+from qjax.methods.layerwise import activation_order
 from qjax.methods.statistics import Statistics
 
 _FLOOR = 1e-6
@@ -37,23 +40,45 @@ class GGML(Method):
 
     Attributes:
       mode: `llamacpp`, the codes and scales that llama.cpp chooses, or `best`, which
-        starts from those and only takes what lowers the weighted error of a block; see
-        `qjax.methods.ggml_best`.
+        starts from those and only takes what lowers the error: with the Hessian of a
+        layer's inputs that of the outputs, column by column (see
+        `qjax.methods.ggml_feedback`), else the weighted error of a block (see
+        `qjax.methods.ggml_best`).
 
     Raises:
       SpecError: a field is out of range.
     """
 
     mode: str = "llamacpp"
-    uses: ClassVar[frozenset[str]] = frozenset({"square"})
 
     def __post_init__(self) -> None:
         check_choice("GGML", "mode", self.mode, MODES)
 
     @property
     def name(self) -> str:
-        """`ggml`."""
-        return "ggml"
+        """`ggml`, or `ggml-best`."""
+        return "ggml" if self.mode == "llamacpp" else f"ggml-{self.mode}"
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """Mean squares of inputs and, for better blocks, their products."""
+        more = {"hessian"} if self.mode == "best" else set()
+        return frozenset({"square", *more})
+
+    def prepare(
+        self,
+        weights: Sequence[Float[Array, "in _"]],
+        fmt: Format,
+        statistics: Statistics | None,
+    ) -> Curvature | None:
+        """The factored Hessian, inputs by its falling diagonal."""
+        del weights
+        from qjax.methods.ggml_feedback import DAMP
+
+        if self.mode != "best" or statistics is None or statistics.hessian is None:
+            return None
+        order = activation_order(jnp.diagonal(statistics.hessian), True, fmt)
+        return curvature(statistics.hessian, order, damp=DAMP)
 
     def __call__(
         self,
@@ -66,7 +91,7 @@ class GGML(Method):
         shared: Any = None,
     ) -> GgmlTensor:
         """See `Method.__call__`; `importance` goes before `statistics`."""
-        del key, shared
+        del key
         if not isinstance(fmt, Ggml):
             raise SpecError(
                 f"{self.name}: makes llama.cpp's blocks, got {fmt.name}; use "
@@ -74,14 +99,15 @@ class GGML(Method):
             )
         matrix = (w.shape[-2], w.shape[-1])
         fmt.grouping(matrix)
-        from qjax.methods.ggml_best import REFINED
         from qjax.methods.ggml_encode import ENCODERS, encode  # many types, each a file
+        from qjax.methods.ggml_feedback import fed_back
+        from qjax.methods.ggml_kinds import BETTER
 
         best = self.mode == "best"
-        if best and fmt.type not in REFINED:
+        if best and fmt.type not in BETTER:
             raise SpecError(
                 f"{self.name}: no better blocks than llama.cpp's for {fmt.type}; use "
-                f'mode="llamacpp", or one of {", ".join(sorted(REFINED))}'
+                f'mode="llamacpp", or one of {", ".join(sorted(BETTER))}'
             )
 
         weights = _imatrix(importance, statistics, w.shape)
@@ -92,10 +118,17 @@ class GGML(Method):
                 "when quantizing an array"
             )
 
+        hessian = None if statistics is None or not best else statistics.hessian
+        if hessian is not None and shared is None:
+            shared = self.prepare([], fmt, statistics)
+
         def one(args):
             """One matrix of the leading axes."""
             w, weights = args
-            return encode(fmt.type, w.astype(jnp.float32), weights, best=best)
+            w = w.astype(jnp.float32)
+            if hessian is None:
+                return encode(fmt.type, w, weights, best=best)
+            return fed_back(fmt.type, w, encode(fmt.type, w, weights), shared, hessian)
 
         flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[-2:]), (w, weights))
         codes = jax.lax.map(one, flat)

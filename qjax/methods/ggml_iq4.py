@@ -14,16 +14,9 @@ from jaxtyping import Array, Float, UInt8
 
 from qjax.formats.base import divided
 from qjax.formats.ggml_iq import IQ4
-from qjax.methods.ggml_bytes import (
-    bits_of,
-    groups,
-    half,
-    half_bytes,
-    joined,
-    stacked,
-    ungrouped,
-)
+from qjax.methods.ggml_bytes import groups, half, ungrouped
 from qjax.methods.ggml_exact import best_of, extreme, inverse, quotients, ratio, total
+from qjax.methods.ggml_pack import PACK, Parts
 from qjax.methods.ggml_search import TINY, error_weights
 
 Blocks = Float[Array, " e *blocks"]
@@ -35,25 +28,22 @@ _BOUNDS = (_TABLE[1:] + _TABLE[:-1]) / 2
 
 def iq4_nl(x: Blocks, importance: Importance) -> Bytes:
     """4 bits and a scale for 32."""
-    scale = _search(x, error_weights(x, importance))
+    scale = search(x, error_weights(x, importance))
     codes = _count(inverse(scale) * x, np.ones(15))
-    return stacked(half_bytes(half(scale)), joined(codes, 4, 16))
+    return PACK["iq4_nl"](Parts(codes, half(scale)))
 
 
 def iq4_xs(x: Blocks, importance: Importance) -> Bytes:
     """4 bits, and scales of 6 bits for 32."""
     grouped = groups(x, 32)
-    scales = _search(grouped, groups(error_weights(x, importance), 32))
+    scales = search(grouped, groups(error_weights(x, importance), 32))
     step = extreme(scales) / -32
     scales = jnp.clip(jnp.round(inverse(step) * scales), -32, 31)
     codes = _count(inverse(step * scales) * grouped, np.ones(15))
-    scales = scales + 32
-    high, low = joined(bits_of(scales, 4, 3), 2), joined(bits_of(scales, 0, 15), 4)
-    codes = joined(ungrouped(codes), 4, 16)
-    return stacked(half_bytes(half(step)), high, low, codes)
+    return PACK["iq4_xs"](Parts(ungrouped(codes), half(step), scales))
 
 
-def _search(x, weight):
+def search(x, weight):
     """The scale whose nearest table entries explain most, of sixteen."""
     top = extreme(x)
     zero = jnp.abs(top) < TINY

@@ -1,4 +1,4 @@
-"""The bytes of llama.cpp's blocks whose weights are steps of a scale.
+"""The bytes of llama.cpp's blocks that hold one code per weight.
 
 Reference: ggml `src/ggml-common.h` (layouts).
 """
@@ -16,6 +16,8 @@ Bytes = UInt8[Array, " b *blocks"]
 
 class Parts(NamedTuple):
     """Blocks of `w = step * scales * (codes - zero) - low * lows`, all as stored.
+
+    Types with a table have its entries in the place of `codes - zero`.
 
     Attributes:
       codes: from 0 on, held in float32.
@@ -72,6 +74,12 @@ def _five_bits(p: Parts) -> Bytes:
     return stacked(*_steps(p), high, joined(bits_of(p.codes, 0, 15), 4, 16))
 
 
+def _iq4_xs(p: Parts) -> Bytes:
+    scales = p.scales + 32
+    high, low = joined(bits_of(scales, 4, 3), 2), joined(bits_of(scales, 0, 15), 4)
+    return stacked(half_bytes(p.step), high, low, joined(p.codes, 4, 16))
+
+
 def _q8_0(p: Parts) -> Bytes:
     signed = (p.codes - 128).astype(jnp.int8).view(jnp.uint8)
     return stacked(half_bytes(p.step), signed)
@@ -103,5 +111,7 @@ PACK: dict[str, Callable[[Parts], Bytes]] = {
     "q4_k": _q4_k,
     "q5_k": _q5_k,
     "q6_k": _q6_k,
+    "iq4_nl": _four_bits,
+    "iq4_xs": _iq4_xs,
 }
 """How blocks of a type are stored."""

@@ -24,7 +24,7 @@ Reference: Tseng et al., QTIP, arXiv 2406.11235; exllamav3 `modules/quant/exl3_l
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -87,8 +87,6 @@ class TrellisLDLQ(Method):
     around: int = 64
     seed: int = 0
 
-    uses: ClassVar[frozenset[str]] = frozenset({"hessian"})
-
     def __post_init__(self) -> None:
         check_choice("TrellisLDLQ", "rotate", self.rotate, ROTATIONS)
         whole = type(self.around) is int and type(self.seed) is int
@@ -104,6 +102,11 @@ class TrellisLDLQ(Method):
     def name(self) -> str:
         """`trellis`."""
         return "trellis"
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """The Hessian."""
+        return frozenset({"hessian"})
 
     def __call__(
         self,
