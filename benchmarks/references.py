@@ -1,17 +1,19 @@
-"""Perplexity of GPTQ, AWQ and SignRound beside the original algorithms.
+"""Perplexity of our methods beside the original algorithms.
 
     command   python benchmarks/references.py [CASE ...] [--seeds 3] [--windows 200]
               [--samples 128] [--steps 50] [--batch 4]
     hardware  any CPU
-    minutes   twenty on two cores for `gptq` and `awq`, about forty for `autoround`
+    minutes   twenty on two cores for `gptq` and `awq`, about forty for `autoround`,
+              ten for `data-free`
     result    a Markdown table of reference, ours and their ratio on both texts, means
-              over the seeds
+              over the seeds, and the standard deviation of the ratio over them
 
 Both sides see the same windows of 512 tokens, drawn from the calibration text by each
 seed, and round the same layers to integers with zero-points. The references of GPTQ and
 AWQ are the NumPy restatements in `tests/methods`, inside the same calibration. That of
 SignRound is the package auto-round, with as many steps, each on a batch of the windows;
-the seed is also that of the batches.
+the seed is also that of the batches. `data-free` are the packages quanto, torchao, hqq
+and bitsandbytes beside the recipe of as many bits; they have no seed.
 """
 
 import argparse
@@ -37,6 +39,7 @@ sys.path.insert(0, str(EXAMPLES.parent / "tests" / "peers"))
 from auto_round_reference import auto_round
 from awq_reference import autoawq, autoawq_scale
 from gptq_reference import gptq
+from weight_only_reference import PEERS, replaced
 
 MODEL = str(EXAMPLES / "model")
 
@@ -143,31 +146,40 @@ def main() -> None:
     tokens = np.asarray(tokenizer.encode(CALIBRATION.read_text("utf-8")), np.int32)
     all_windows = tokens[: len(tokens) // 512 * 512].reshape(-1, 512)
     rows = {}
-    print("| method | text | reference | ours | ratio |")
-    print("| --- | --- | ---: | ---: | ---: |")
-    shapes = ((4, 128), (3, 64), (2, 64))
-    for (bits, group), kind in itertools.product(shapes, ("gptq", "awq", "autoround")):
-        name = f"{kind}-int{bits}-g{group}"
-        if not any(name.startswith(case) for case in options.cases):
-            continue
+    print("| method | text | reference | ours | ratio | deviation |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |")
+
+    def report(name, pairs):
         found = rows[name] = []
-        for seed in range(options.seeds):
-            rng = np.random.default_rng(seed)
-            picked = all_windows[rng.permutation(len(all_windows))[: options.samples]]
-            learning = {"steps": options.steps, "batch": options.batch, "seed": seed}
-            sides = both(kind, bits, group, model, picked, **learning)
+        for sides in pairs:
             found.append([measure(m, tokenizer, options.windows) for m in sides])
             if options.json:
                 options.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
         for text in TEXTS:
-            theirs, ours = (
-                np.mean([pair[side][text] for pair in found]) for side in (0, 1)
-            )
-            print(
-                f"| {name} | {text} | {theirs:.3f} | {ours:.3f} | "
-                f"{ours / theirs:.4f} |",
-                flush=True,
-            )
+            theirs, ours = np.array([[side[text] for side in p] for p in found]).T
+            figures = f"{theirs.mean():.3f} | {ours.mean():.3f}"
+            ratio = f"{ours.mean() / theirs.mean():.4f} | {np.std(ours / theirs):.4f}"
+            print(f"| {name} | {text} | {figures} | {ratio} |", flush=True)
+
+    def seeded(kind, bits, group):
+        for seed in range(options.seeds):
+            rng = np.random.default_rng(seed)
+            picked = all_windows[rng.permutation(len(all_windows))[: options.samples]]
+            learning = {"steps": options.steps, "batch": options.batch, "seed": seed}
+            yield both(kind, bits, group, model, picked, **learning)
+
+    def asked(name):
+        return any(name.startswith(case) for case in options.cases)
+
+    shapes = ((4, 128), (3, 64), (2, 64))
+    for (bits, group), kind in itertools.product(shapes, ("gptq", "awq", "autoround")):
+        name = f"{kind}-int{bits}-g{group}"
+        if asked(name):
+            report(name, seeded(kind, bits, group))
+    for name, (peer, recipe) in PEERS.items():
+        if asked(f"data-free-{name}"):
+            ours = qjax.quantize_model(model, recipe)
+            report(name, [(replaced(model, peer), ours)])
 
 
 if __name__ == "__main__":

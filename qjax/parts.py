@@ -7,13 +7,10 @@ Beyond a part it holds the activations (on the host) and one Hessian.
 """
 
 import dataclasses
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -35,7 +32,7 @@ from qjax.models import ModelConfig
 from qjax.models.fold import fold_layer
 from qjax.parameter import quantize_parameter, quantized_report, source_report
 from qjax.recipes import Recipe, Rule
-from qjax.reports import Progress, QuantizationReport
+from qjax.reports import Progress, QuantizationReport, quantization_report
 from qjax.tensor import QuantizedTensor, with_dtype
 from qjax.wrappers import InputScaled
 
@@ -302,31 +299,5 @@ class PartQuantizer:
 
     def report(self, entries: Mapping[str, dict[str, Any]]) -> QuantizationReport:
         """The report of a run from the entries of all its parts."""
-        quantized = {p: e for p, e in entries.items() if "error" in e}
-        kept = {p: e for p, e in entries.items() if "error" not in e}
-
-        def bits(which: Mapping[str, dict[str, Any]]) -> float:
-            count = sum(e["parameters"] for e in which.values())
-            return 8 * sum(e["nbytes"] for e in which.values()) / max(count, 1)
-
-        return QuantizationReport(
-            recipe=self._recipe.name,
-            bits_per_weight=bits(entries),
-            quantized_bits_per_weight=bits(quantized),
-            size_bytes=sum(e["nbytes"] for e in entries.values()),
-            source_bytes=sum(e["source_bytes"] for e in entries.values()),
-            seconds=time.perf_counter() - self._start,
-            peak_memory_bytes=peak_memory_bytes(),
-            tensors=tuple({"name": p, **e} for p, e in quantized.items()),
-            kept=tuple({"name": p, **e} for p, e in kept.items()),
-        )
-
-
-def peak_memory_bytes() -> int:
-    """High-water mark of resident memory, plus that of devices where they tell."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-    for device in jax.local_devices():
-        stats = device.memory_stats() if device.platform != "cpu" else None
-        peak += (stats or {}).get("peak_bytes_in_use", 0)
-    return peak
+        seconds = time.perf_counter() - self._start
+        return quantization_report(self._recipe.name, entries, seconds)

@@ -1,7 +1,12 @@
 """What quantizing a model tells: progress while it runs, a report when it is done."""
 
 import dataclasses
+import resource
+import sys
+from collections.abc import Mapping
 from typing import Any
+
+import jax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,3 +65,43 @@ class QuantizationReport:
         """JSON-ready form."""
         fields = dataclasses.asdict(self)
         return {**fields, "tensors": list(self.tensors), "kept": list(self.kept)}
+
+
+def quantization_report(
+    recipe: str, entries: Mapping[str, dict[str, Any]], seconds: float
+) -> QuantizationReport:
+    """The report of a run from the entries of its tensors by path.
+
+    Args:
+      recipe: its name.
+      entries: of all tensors; those with an `error` were quantized.
+      seconds: wall time of the run.
+    """
+    quantized = {p: e for p, e in entries.items() if "error" in e}
+    kept = {p: e for p, e in entries.items() if "error" not in e}
+
+    def bits(which: Mapping[str, dict[str, Any]]) -> float:
+        count = sum(e["parameters"] for e in which.values())
+        return 8 * sum(e["nbytes"] for e in which.values()) / max(count, 1)
+
+    return QuantizationReport(
+        recipe=recipe,
+        bits_per_weight=bits(entries),
+        quantized_bits_per_weight=bits(quantized),
+        size_bytes=sum(e["nbytes"] for e in entries.values()),
+        source_bytes=sum(e["source_bytes"] for e in entries.values()),
+        seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+        tensors=tuple({"name": p, **e} for p, e in quantized.items()),
+        kept=tuple({"name": p, **e} for p, e in kept.items()),
+    )
+
+
+def peak_memory_bytes() -> int:
+    """High-water mark of resident memory, plus that of devices where they tell."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    for device in jax.local_devices():
+        stats = device.memory_stats() if device.platform != "cpu" else None
+        peak += (stats or {}).get("peak_bytes_in_use", 0)
+    return peak

@@ -9,12 +9,11 @@ sees the errors of those before it ("true sequential").
 Inputs that statistics were taken of are kept until the block is done, up to `KEPT`
 bytes, and later passes over the block start from them: attention runs once.
 
-Everything that touches activations is one of a few compiled functions, shared by blocks
-of the same structure.
+`qjax.calibration.programs` has the compiled functions that do the work.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -23,17 +22,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from qjax.calibration.capture import capture, check_inputs, groups
+from qjax.calibration import programs
+from qjax.calibration.capture import check_inputs, groups
 from qjax.calibration.observers import Observer
+from qjax.calibration.programs import Leaves
 from qjax.methods import Statistics
-from qjax.models.attention import layer_numbers
-from qjax.models.block import Block
 from qjax.models.config import ModelConfig
-from qjax.models.decoder import positions_of
-from qjax.models.layers import Embedding, Norm, below
-from qjax.ops.inputs import rounded_input
 
-Leaves = Mapping[str, Any]
 KEPT = 4 << 30
 """Bytes of layer inputs that are kept while a block is quantized."""
 
@@ -81,9 +76,13 @@ class BlockStream:
           packed: embeddings by path as the quantized model has them.
           dense: the original ones.
         """
-        self.x = self._each(lambda t: _embed(self.config, self.dtype, packed, t))
+        self.x = self._each(
+            lambda t: programs.embed(self.config, self.dtype, packed, t)
+        )
         if self._reference:
-            self.r = self._each(lambda t: _embed(self.config, self.dtype, dense, t))
+            self.r = self._each(
+                lambda t: programs.embed(self.config, self.dtype, dense, t)
+            )
 
     def groups(self, layer: int, leaves: Leaves) -> tuple[tuple[str, ...], ...]:
         """Kernels of a block that share an input, in the order they run."""
@@ -92,7 +91,7 @@ class BlockStream:
         found: list[Any] = []
 
         def trace(leaves: Any, x: Any) -> None:
-            found.extend(_run(self.config, layer, leaves, x)[1])
+            found.extend(programs.run(self.config, layer, leaves, x)[1])
 
         jax.eval_shape(trace, dict(leaves), x)
         return groups(found)
@@ -124,7 +123,7 @@ class BlockStream:
         )
         kind, inputs, others = self._kind(layer), [], []
         for batch in self._batches(self._known, self._known_r, cross):
-            total, entering, other = _collect(
+            total, entering, other = programs.collect(
                 self.config, kind, group[0], total, dict(packed), dict(dense), *batch
             )
             inputs.append(np.asarray(entering))
@@ -145,7 +144,7 @@ class BlockStream:
         kind = self._kind(layer)
 
         def move(leaves: Leaves, x: np.ndarray, known: Leaves) -> np.ndarray:
-            run = functools.partial(_block, self.config, kind, dict(leaves))
+            run = functools.partial(programs.block, self.config, kind, dict(leaves))
             return self._each(run, x, known)
 
         self.x = move(packed, self.x, self._known)
@@ -155,18 +154,20 @@ class BlockStream:
 
     def targets(self, layer: int, dense: Leaves) -> np.ndarray:
         """What the original block makes of the original (or else quantized) input."""
-        run = functools.partial(_block, self.config, self._kind(layer), dict(dense))
+        run = functools.partial(
+            programs.block, self.config, self._kind(layer), dict(dense)
+        )
         return self._each(run, self.x if self.r is None else self.r, {})
 
     def block(self, layer: int) -> Callable[[Leaves, Array, Leaves], Array]:
         """The block as `(weights, x, rest)` to its output; one object per kind."""
-        return _block_function(self.config, self._kind(layer))
+        return programs.block_function(self.config, self._kind(layer))
 
     def head(self, norm: Leaves, needs: frozenset[str]) -> Statistics:
         """Statistics of the head's input, behind the last norm."""
         total = Statistics.zeros(self.x.shape[-1], hessian="hessian" in needs)
         for x, _, _, _, weight in self._batches({}, {}, False):
-            total = _collect_head(self.config, total, dict(norm), x, weight)
+            total = programs.collect_head(self.config, total, dict(norm), x, weight)
         check_inputs({"head.kernel": total})
         return total
 
@@ -187,14 +188,14 @@ class BlockStream:
         kind = self._kind(layer)
         states = {path: observer.init() for path in paths}
         for x, _, _, _, weight in self._batches({}, {}, False):
-            states = _observe(
+            states = programs.observe(
                 self.config, kind, observer, states, dict(leaves), x, weight
             )
         return states
 
     def _kind(self, layer: int) -> int:
         """The first layer that computes as this one, so that programs are shared."""
-        return first_alike(self.config, layer)
+        return programs.first_alike(self.config, layer)
 
     def _place(self, x: np.ndarray) -> Any:
         if self.mesh is None:
@@ -239,74 +240,3 @@ class BlockStream:
             y = function(arrays[0]) if x is None else function(arrays[0], given)
             out.append(np.asarray(y)[: parts[0][1]])
         return np.concatenate(out)
-
-
-def first_alike(config: ModelConfig, layer: int) -> int:
-    """The first layer with the window, rotary table and scale of this one."""
-
-    def numbers(i: int) -> tuple[Any, ...]:
-        window = config.windows[i] if config.windows else None
-        rope = config.rope_layers[i] if config.rope_layers else None
-        return window, rope, i if config.attention_scale_by_layer else None
-
-    return next(i for i in range(layer + 1) if numbers(i) == numbers(layer))
-
-
-def _run(
-    config: ModelConfig, layer: int, leaves: Leaves, x: Array, known: Any = None
-) -> tuple[Any, Any]:
-    """One block on whole windows, and what entered its layers."""
-    shape = x.shape[:2]
-    places = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
-    where = positions_of(config, places, places, jnp.zeros((), jnp.int32))
-    numbers = jax.tree.map(lambda a: a[0], layer_numbers(config, layer, layer + 1))
-    (y, _), seen = capture(Block(config, leaves), x, where, numbers, given=known)
-    return y, seen
-
-
-@functools.cache
-def _block_function(config: ModelConfig, layer: int) -> Any:
-    return lambda weights, x, rest: _run(config, layer, {**rest, **weights}, x)[0]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _embed(config: ModelConfig, dtype: str, leaves: Leaves, tokens: Array) -> Array:
-    places = jnp.broadcast_to(
-        jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape
-    )
-    tables = jax.tree.map(jnp.asarray, below(leaves, "embed"))
-    return Embedding(tables, config, np.dtype(dtype))(tokens, places)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _block(config: ModelConfig, layer: int, leaves: Leaves, x: Array, known: Leaves):
-    return _run(config, layer, leaves, x, known)[0]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
-def _collect(
-    config, layer, path, total, packed, dense, x, r, known, known_r, weight
-) -> tuple[Statistics, Array, Array | None]:
-    def entering(leaves: Leaves, x: Array, known: Leaves) -> Array:
-        seen = _run(config, layer, leaves, x, known)[1]
-        return next(one.x for one in seen if one.path == path)
-
-    own = entering(packed, x, known)
-    other = None if r is None else entering(dense, r, known_r)
-    return total.add(own, other, weight), own, other
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _observe(config, layer, observer, states, leaves, x, weight) -> dict[str, Any]:
-    done = dict(states)
-    for one in _run(config, layer, leaves, x)[1]:
-        if one.path in done:
-            entering = rounded_input(one.x, leaves[one.path])
-            done[one.path] = observer.update(done[one.path], entering, weight)
-    return done
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _collect_head(config, total, leaves, x, weight) -> Statistics:
-    norm = Norm(below(leaves, "norm"), config) if config.final_norm else None
-    return total.add(x if norm is None else norm(x), None, weight)

@@ -10,7 +10,7 @@ from qjax.checkpoint import load
 from qjax.cli.output import Output
 from qjax.generate import generate_detailed
 from qjax.ops import prepack
-from qjax.parts import peak_memory_bytes
+from qjax.reports import peak_memory_bytes
 
 
 @dataclasses.dataclass(frozen=True)

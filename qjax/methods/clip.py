@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qjax.formats import Cast, Format
-from qjax.methods.rtn import Problem, keep_better
+from qjax.methods.problem import Problem, keep_better
 from qjax.methods.statistics import Statistics
 
 CLIP_STEPS, CLIP_STEP = 10, 0.05

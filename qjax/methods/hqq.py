@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from qjax.errors import SpecError
 from qjax.formats import Format, Int
 from qjax.methods.base import Method
-from qjax.methods.rtn import Problem, keep_better
+from qjax.methods.problem import Problem, keep_better
 from qjax.methods.statistics import Statistics
 from qjax.tensor import QuantizedTensor
 

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 
 from qjax.errors import SpecError
 from qjax.formats import Format
-from qjax.methods.rtn import Problem
+from qjax.methods.problem import Problem
 
 POWER_STEPS = 8
 """Iterations of the estimate of a spectral norm."""

@@ -24,7 +24,7 @@ from jaxtyping import Int as IntArray
 from qjax.formats import Format, Int
 from qjax.formats.base import divided
 from qjax.methods.feedback import Grid, levels, run_slice
-from qjax.methods.rtn import Problem, keep_better, refine
+from qjax.methods.problem import Problem, keep_better, refine
 
 RANGES = ("minmax", "mse", "hessian")
 SHRINK, STEPS = 0.35, 14

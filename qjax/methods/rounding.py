@@ -30,7 +30,7 @@ from qjax.formats.base import divided, rounded
 from qjax.formats.codebook import TableFormat
 from qjax.formats.minifloat import Minifloat
 from qjax.methods.continuous import straight_through
-from qjax.methods.rtn import Problem
+from qjax.methods.problem import Problem
 from qjax.scales import store_scale
 from qjax.tensor import LayoutTensor, assemble
 

@@ -33,7 +33,7 @@ from qjax.methods.feedback import SLICE, Grid, levels, run_slice
 from qjax.methods.gptq import GPTQ
 from qjax.methods.hessian import Curvature
 from qjax.methods.layerwise import by_slices, check_format
-from qjax.methods.rtn import Problem
+from qjax.methods.problem import Problem
 from qjax.methods.statistics import Statistics
 from qjax.packing import pack
 from qjax.tensor import AffineTensor, QuantizedTensor

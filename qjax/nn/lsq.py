@@ -30,7 +30,8 @@ from qjax.errors import SpecError
 from qjax.formats import Format, Int
 from qjax.formats.base import divided
 from qjax.methods import RTN, Method, quantize
-from qjax.methods.rtn import Problem, round_to_scales
+from qjax.methods.problem import Problem
+from qjax.methods.rtn import round_to_scales
 from qjax.scales import store_scale
 from qjax.tensor import AffineTensor, load_zero
 

@@ -144,12 +144,17 @@ QJAX = (
 )
 
 
+def _switch_off_fused(monkeypatch):
+    for module in ("problem", "rtn"):
+        for name in ("fused_codes", "group_absmax"):
+            monkeypatch.setattr(f"qjax.methods.{module}.{name}", lambda *_: None)
+
+
 @pytest.mark.parametrize("fmt", QJAX, ids=lambda f: f.name)
 @pytest.mark.parametrize("module", [reference, xla], ids=["reference", "xla"])
 def test_equals_the_general_way(fmt, module, monkeypatch):
     """The fused steps are switched off, so that qjax's own formats encode."""
-    monkeypatch.setattr("qjax.methods.rtn.fused_codes", lambda *_: None)
-    monkeypatch.setattr("qjax.methods.rtn.group_absmax", lambda *_: None)
+    _switch_off_fused(monkeypatch)
     k, n = (128, 37) if fmt != Int(3, 20) else (77, 13)
     w = random_weight((k, n))
     q = jax.jit(lambda w: RTN()(w, fmt))(w)
@@ -183,8 +188,7 @@ def test_quantize_is_the_same_with_and_without(fmt, rule, monkeypatch):
     w = random_weight((2, 128, 37))
     method = RTN(rule, grid=3)
     fused = _quantize(w, fmt, method, "none", None)
-    monkeypatch.setattr("qjax.methods.rtn.fused_codes", lambda *_: None)
-    monkeypatch.setattr("qjax.methods.rtn.group_absmax", lambda *_: None)
+    _switch_off_fused(monkeypatch)
     general = jax.jit(lambda w: method(w, fmt))(w)
     equal_bytes(fused, general)
 
