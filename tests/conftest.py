@@ -4,6 +4,7 @@ Eight CPU devices stand in for a mesh, and dtype promotion is strict: a test tha
 here holds on machines with many devices, and no result depends on an implicit cast.
 """
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+
+from tests import fast_compiler
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -25,16 +28,32 @@ OPTIMIZED = {
     "test_aot_memory.py",
     "test_examples.py",
     "test_memory.py",
+    "test_qat.py",
     "test_tpu_compile.py",
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A program that another worker is still writing is compiled again."""
+    message = "ignore:Error reading persistent compilation cache entry"
+    config.addinivalue_line("filterwarnings", message)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark everything in tests/peers as comparison with another library."""
+    """Mark tests/peers as comparisons with other libraries; begin with slow files."""
     peers = Path(__file__).parent / "peers"
     for item in items:
         if peers in item.path.parents:
             item.add_marker("peer")
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the tests, what they import, and most of its runs."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000)
 
 
 @pytest.fixture(autouse=True)
@@ -44,20 +63,38 @@ def _seeded() -> None:
     np.random.seed(0)  # noqa: NPY002 - libraries under comparison draw from it
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _programs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Workers and their children share the programs that they compile."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    for name, value in (
+        ("jax_compilation_cache_dir", str(folder / "programs")),
+        ("jax_persistent_cache_min_compile_time_secs", 0.0),
+    ):
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+    fast_compiler.install()
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _compiler(request: pytest.FixtureRequest) -> Iterator[None]:
+def _compiler(request: pytest.FixtureRequest, _programs: None) -> Iterator[None]:
     """Compile fast where that hides nothing, and forget programs in time.
 
-    LLVM's optimizations take half of the suite's time. They stay on where results are
-    compared bit for bit, in examples, in what compilers promise (memory, schedules) and
-    in comparisons with other libraries; `QJAX_TEST_OPTIMIZE=1` turns them on
-    everywhere. Each program takes several of the 65530 maps that Linux grants a
-    process; beyond, the compiler crashes.
+    LLVM's optimizations take half of the suite's time, XLA's emitters of fusions half
+    of the rest. They stay on where results are compared bit for bit, in examples, in
+    what compilers promise (memory, schedules) and in comparisons with other libraries;
+    `QJAX_TEST_OPTIMIZE=1` turns them on everywhere. Each program takes several of the
+    65530 maps that Linux grants a process; beyond, the compiler crashes.
     """
     slow = OPTIMIZED.intersection(request.path.relative_to(ROOT / "tests").parts)
     fast = not slow and "QJAX_TEST_OPTIMIZE" not in os.environ
-    jax.config.update("jax_disable_most_optimizations", fast)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(fast))  # of child processes
+    name, value = "jax_disable_most_optimizations", str(int(fast))
+    if os.environ.get(name.upper(), value) != value:
+        jax.clear_caches()  # which do not tell such programs from others
+    jax.config.update(name, fast)
+    os.environ[name.upper()] = value  # of child processes
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 15000:

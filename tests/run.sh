@@ -47,7 +47,8 @@ if [[ "$(cat "$venv/stamp-native" 2>/dev/null)" != "$sources" ]]; then
     printf '%s\n' "$sources" >"$venv/stamp-native"
 fi
 
-workers="${QJAX_TEST_WORKERS:-2}"
+# The tests of a file share what they compile, so one worker runs them.
+spread=(-n "${QJAX_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder)
 if $peers; then
     if [[ "$(cat "$venv/stamp-peers" 2>/dev/null)" != "$stamp" ]]; then
         echo "tests/run.sh: adding the peers to $venv" >&2
@@ -55,10 +56,10 @@ if $peers; then
         DISABLE_CUDA=1 "$bin/pip" install --quiet --editable '.[peers]'
         printf '%s\n' "$stamp" >"$venv/stamp-peers"
     fi
-    "$bin/pytest" -n "$workers" -m peer "$@"
+    "$bin/pytest" "${spread[@]}" -m peer "$@"
 else
     "$bin/ruff" check .
     "$bin/ruff" format --check .
     "$bin/pyright" --pythonpath "$bin/python"
-    "$bin/pytest" -n "$workers" -m 'not peer' --ignore=tests/peers "$@"
+    "$bin/pytest" "${spread[@]}" -m 'not peer' --ignore=tests/peers "$@"
 fi

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 
-def _example(root, name):
+def example(root, name):
+    """The module of an example."""
     spec = importlib.util.spec_from_file_location(
         name, root / "examples" / f"{name}.py"
     )
@@ -72,7 +73,7 @@ def test_quickstart(root, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "table.json").read_text())
     original, *quantized = rows
-    assert [row["name"] for row in quantized] == _example(root, "quickstart").RECIPES
+    assert [row["name"] for row in quantized] == example(root, "quickstart").RECIPES
     for row in quantized:
         assert 2 < row["bits_per_quantized_weight"] < 9
         assert row["size_bytes"] < original["size_bytes"]
@@ -88,7 +89,7 @@ def test_readme_table_is_the_quickstarts(root):
     text = (root / "README.md").read_text("utf-8")
     block = text.split("<!-- quickstart:begin -->")[1]
     block = block.split("<!-- quickstart:end -->")[0].strip().splitlines()
-    quickstart = _example(root, "quickstart")
+    quickstart = example(root, "quickstart")
     assert block[0] == "| " + " | ".join(quickstart.HEADER) + " |"
     names = [line.split("|")[1].strip() for line in block[2:]]
     assert names == ["bf16 (original)", *quickstart.RECIPES]
