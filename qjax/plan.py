@@ -10,16 +10,14 @@ arithmetic, or read the weights, if it did nothing else.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 import qjax.pallas_kernels.device as target_device
-from qjax.abstract import abstract_decoder, find_config
+from qjax.abstract import find_config
 from qjax.decoding import cache_bucket, programs
 from qjax.devices import DEVICES, Device, parse_device, topology_devices
 from qjax.errors import SpecError, UnsupportedError
@@ -28,61 +26,17 @@ from qjax.plan_parts import (
     Parts,
     compiled_parts,
     decode_bound,
-    host_bytes,
     serve_temporaries,
     shard_bytes,
     train_bound,
-    train_temporaries,
     weight_bytes,
 )
+from qjax.plan_work import Work as Work
+from qjax.plan_work import model_of, training_parts
 from qjax.recipes import Recipe
-from qjax.train.batch import BATCH
-from qjax.train.lora import LoRA, attach
-from qjax.train.mesh import Mesh, make_mesh
 from qjax.train.offload import peak_bytes
-from qjax.train.optimizers import Optimizer, make_optimizer
-from qjax.train.step import Step
 
 MODES = ("serve", "finetune")
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What the device is to do.
-
-    Attributes:
-      batch: Rows, of all devices together.
-      context: Tokens of a row; when serving, of prompt and answer together.
-      accumulate: Micro-batches of an update.
-      lora: Adapters that are trained.
-      optimizer: How.
-      mesh: How many devices share what.
-      remat: See `qjax.train.Finetune`.
-      loss_chunk: See `qjax.train.Finetune`.
-      cache: Dtype of keys and values when serving; see `Decoder.init_cache`.
-      kernels: Compile products as kernels, as they run. Without them compiling takes a
-        third of the time, and memory differs by a percent.
-
-    Raises:
-      SpecError: A number is not positive.
-    """
-
-    batch: int = 1
-    context: int = 2048
-    accumulate: int = 1
-    lora: LoRA = dataclasses.field(default_factory=LoRA)
-    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
-    mesh: Mesh = dataclasses.field(default_factory=lambda: Mesh(fsdp=-1))
-    remat: str = "block"
-    loss_chunk: int = 512
-    cache: str | None = None
-    kernels: bool = True
-
-    def __post_init__(self):
-        for name in ("batch", "context", "accumulate", "loss_chunk"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise SpecError(f"plan: {name} is {value!r:.50}; expected 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +88,8 @@ def plan(
         `config.json`, a model directory or artifact, a Hub id. No weights are read.
       device: A name of `qjax.devices.DEVICES`, with `-N` for N of them: `v5e-8`.
       recipe: How weights are packed: `"none"` for not at all; by default as the
-        artifact is, or `nf4`.
-      mode: `"serve"`, or `"finetune"` with adapters.
+        artifact is, or `nf4`, or not at all for quantization-aware training.
+      mode: `"serve"`, or `"finetune"`: adapters, or `work.qat`.
       work: How many rows of how many tokens, and the settings of training.
       revision: Of a Hub id.
 
@@ -159,16 +113,18 @@ def plan(
         raise SpecError(
             f"plan: context is {work.context}; the model's is {model.max_context}"
         )
-    chosen = None if recipe == "none" else recipe or packed or "nf4"
+    training = mode == "finetune"
+    usual = None if training and work.qat is not None else "nf4"
+    chosen = None if recipe == "none" else recipe or packed or usual
     kind = DEVICES[base]
     with target_device.target(kind.kind if work.kernels else "cpu"):
-        shapes = _model(model, chosen, mode, work)
+        shapes = model_of(model, chosen, work, training=training)
         if mode == "serve" and count > 1:
             raise UnsupportedError(
                 f"plan: serving on {count} devices; one model is served by one device"
             )
         devices = topology_devices(base, count) if kind.slices else None
-        run = _serve if mode == "serve" else _finetune
+        run = training_parts if training else _serve
         parts = run(shapes, work, count, devices)
     made = _plan(f"{base}-{count}", kind, mode, model, work, parts, count)
     if mode == "serve" or work.optimizer.offload != "auto" or made.fits:
@@ -176,73 +132,6 @@ def plan(
     away = dataclasses.replace(work.optimizer, offload="always")
     again = dataclasses.replace(work, optimizer=away)
     return plan(model, device, recipe=chosen or "none", mode=mode, work=again)
-
-
-def _model(
-    config: ModelConfig, recipe: Recipe | str | None, mode: str, work: Work
-) -> Decoder:
-    """The model of shapes, with adapters where they are trained."""
-
-    def change(model: Decoder) -> None:
-        if mode == "finetune":
-            attach(model, work.lora, jax.random.key(0))
-
-    return abstract_decoder(config, recipe, change=change)
-
-
-def _finetune(
-    model: Decoder, work: Work, count: int, devices: list[Any] | None
-) -> Parts:
-    """Parts of the training step."""
-    sizes = work.mesh.resolved(count)
-    if math.prod(sizes.sizes.values()) != count:
-        raise SpecError(f"plan: {sizes} is not {count} devices; give -1 for the rest")
-    mesh, where = None, None
-    if count > 1:
-        mesh = _abstract(sizes) if devices is None else make_mesh(sizes, devices)
-    elif devices is not None:
-        where = SingleDeviceSharding(devices[0])
-    step = Step(
-        model,
-        make_optimizer(work.optimizer, 1000),
-        remat=work.remat,
-        loss_chunk=work.loss_chunk,
-        offload=work.optimizer.offload == "always",
-        mesh=mesh,
-    )
-    shape = (work.accumulate, work.batch, work.context)
-    batch: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in BATCH
-    }
-    batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    state, frozen, arrays = step.shapes(batch, where)
-    arguments = {
-        **weight_bytes(frozen),
-        "adapters": shard_bytes(state.trainable),
-        "optimizer": shard_bytes(state.optimizer),
-        "batch": shard_bytes(arrays),
-    }
-    if devices is None:
-        rows = max(work.batch // (sizes.data * sizes.fsdp), 1)
-        size = arguments["packed weights"] + arguments["scales"]
-        gathered = size * sizes.fsdp // model.config.layers if sizes.fsdp > 1 else 0
-        arguments["temporaries"] = train_temporaries(
-            model.config,
-            rows,
-            work.context,
-            work.loss_chunk,
-            arguments["adapters"],
-            gathered,
-        )
-        return Parts(arguments, host_bytes(state), False)
-    memory = step.lower(batch, where).compile().memory_analysis()
-    return compiled_parts(arguments, memory)
-
-
-def _abstract(sizes: Mesh) -> Any:
-    """A mesh of devices that no compiler knows."""
-    found = sizes.sizes
-    return jax.sharding.AbstractMesh(tuple(found.values()), tuple(found))
 
 
 def _serve(model: Decoder, work: Work, count: int, devices: list[Any] | None) -> Parts:
@@ -280,7 +169,8 @@ def _plan(
     if mode == "serve":
         bound = decode_bound(config, work.batch, parts, device)
     else:
-        bound = train_bound(config, work.context, device) * count
+        frozen = work.qat is None
+        bound = train_bound(config, work.context, device, frozen=frozen) * count
     notes: tuple[str, ...] = ()
     if not parts.compiled:
         notes = ("an estimate: arrays are counted, temporaries guessed, not compiled",)

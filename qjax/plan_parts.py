@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from qjax.devices import Device
 from qjax.models import ModelConfig
 from qjax.models.attention import MAX_SCORES
+from qjax.nn.qat import Learned
 from qjax.tensor import QuantizedTensor
 from qjax.train.metrics import flops_per_token
 from qjax.train.offload import peak_bytes
@@ -60,6 +62,17 @@ def weight_bytes(state: Any) -> dict[str, int]:
     return found
 
 
+def trained_bytes(state: Any) -> dict[str, int]:
+    """Bytes of what is trained on one device, by kind."""
+    found = {"trained weights": 0, "learned scales": 0, "adapters": 0}
+    for _, variable in nnx.to_flat_state(state):
+        kind = "trained weights"
+        if isinstance(variable, Learned | nnx.LoRAParam):
+            kind = "learned scales" if isinstance(variable, Learned) else "adapters"
+        found[kind] += shard_bytes(variable)
+    return {kind: size for kind, size in found.items() if size}
+
+
 def compiled_parts(arguments: dict[str, int], memory: Any) -> Parts:
     """Parts of a compiled program.
 
@@ -94,6 +107,20 @@ def train_temporaries(
     return saved + gradient + layer + _working(config, rows, context, chunk, 3)
 
 
+def rounding_temporaries(config: ModelConfig, tensor: int) -> int:
+    """Bytes of one layer's weights while they are rounded, in training for a format.
+
+    In float32: gathered, merged with adapters, decoded again, and their gradient.
+
+    Args:
+      config: The model.
+      tensor: Devices that share its heads and hidden features.
+    """
+    heads = config.head_dim * (2 * config.heads + 2 * config.kv_heads)
+    mlp = config.mlp_dim * (3 if config.gated else 2)
+    return 4 * 4 * config.dim * (heads + mlp) // tensor
+
+
 def serve_temporaries(config: ModelConfig, rows: int, length: int) -> int:
     """The same of generation, without its cache."""
     part = min(length, 512)
@@ -110,10 +137,19 @@ def _working(
     return max(block, copies * 4 * min(logits, rows * time) * config.vocab_size)
 
 
-def train_bound(config: ModelConfig, context: int, device: Device) -> float:
-    """Tokens per second of one device at its peak: forward, again, and backward."""
+def train_bound(
+    config: ModelConfig, context: int, device: Device, *, frozen: bool = True
+) -> float:
+    """Tokens per second of one device at its peak: forward, again, and backward.
+
+    Args:
+      config: The model.
+      context: Tokens of a row.
+      device: The device.
+      frozen: Whether weights have no gradient, as under adapters.
+    """
     again = flops_per_token(config, context, frozen=True) / 2
-    work = flops_per_token(config, context, frozen=True) + again
+    work = flops_per_token(config, context, frozen=frozen) + again
     return device.flops / work
 
 

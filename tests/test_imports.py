@@ -58,6 +58,7 @@ LAYERS = [
     ["devices"],
     ["abstract", "train", "serve"],
     ["plan_parts"],
+    ["plan_work"],
     ["plan"],
     ["cli"],
 ]

@@ -12,12 +12,14 @@ import qjax
 from qjax.abstract import KNOWN, abstract_decoder, find_config
 from qjax.devices import parse_device
 from qjax.errors import MissingExtraError, SpecError, UnsupportedError
+from qjax.formats import Int
 from qjax.models import ModelConfig
 from qjax.plan import Work, plan
 from qjax.plan_parts import shard_bytes
 from qjax.train.lora import LoRA
 from qjax.train.mesh import Mesh
 from qjax.train.optimizers import Optimizer
+from qjax.train.qat import QAT
 
 GIB = 2**30
 
@@ -57,6 +59,31 @@ def test_devices_share_all_but_vectors():
     two = Work(batch=4, mesh=Mesh(fsdp=2, tensor=2))
     split = plan("llama-3-70b", "h200-4", mode="finetune", work=two)
     assert split.breakdown["packed weights"] == four.breakdown["packed weights"]
+
+
+def test_training_for_a_format_has_masters_and_what_is_learned():
+    def parts(qat, **work):
+        made = plan(
+            "llama-3-8b", "h200-4", mode="finetune", work=Work(batch=4, qat=qat, **work)
+        )
+        assert sum(made.breakdown.values()) == made.peak_bytes_per_device
+        return made.breakdown
+
+    masters = parts(QAT(Int(4, 128), learn="lsq"))
+    linear = 6.979e9
+    assert masters["trained weights"] == pytest.approx(linear, rel=1e-3)  # 4 bytes / 4
+    assert masters["learned scales"] == pytest.approx(linear / 128, rel=1e-3)
+    moments = masters["trained weights"] + masters["learned scales"]
+    assert masters["optimizer"] == pytest.approx(2 * moments, rel=1e-3)
+    assert masters["packed weights"] == 0 and "adapters" not in masters
+    split = parts(QAT(Int(4, 128)), mesh=Mesh(fsdp=2, tensor=2))
+    assert split["trained weights"] == masters["trained weights"]
+    lora = LoRA(rank=16, init="loftq", original="not read")
+    adapters = parts(QAT(Int(4, 128), lora=lora))
+    assert adapters["adapters"] == pytest.approx(0.156 * GIB / 4, rel=1e-2)
+    assert "trained weights" not in adapters
+    with pytest.raises(SpecError, match="is packed already"):
+        plan("llama-3-8b", "l4", recipe="nf4", mode="finetune", work=Work(qat=QAT()))
 
 
 def test_what_fits_where():

@@ -17,6 +17,7 @@ from qjax.tensor import format_bytes
 from qjax.train.config import Finetune as Run
 from qjax.train.config import load_finetune
 from qjax.train.data_config import Data
+from qjax.train.lora_config import FROM_WEIGHTS
 from qjax.train.qat import QAT
 from qjax.train.result import FinetuneResult
 from qjax.train.run import finetune
@@ -90,7 +91,7 @@ class Finetune:
     def _load(self, config: Run) -> tuple[Any, Any, Any]:
         """The model, quantized where it is not and should be, and its tokenizer.
 
-        And for LoftQ the original of what is quantized here.
+        And where the original of what is quantized here lies, for LoftQ and PiSSA.
         """
         recipe = self.recipe
         if is_artifact(self.model):
@@ -110,9 +111,10 @@ class Finetune:
         model = quantize_model(self.model, recipe, **options)
         tokenizer = tokenizer_of(model.assets.directory)
         tokenizer.check_vocab(model.config.vocab_size)
-        loftq = config.lora is not None and config.lora.init == "loftq"
-        original = load(self.model, **options)[0] if loftq else None
-        return model, tokenizer, original
+        lora = config.lora if config.qat is None else config.qat.lora
+        if lora is None or lora.init not in FROM_WEIGHTS or lora.original is not None:
+            return model, tokenizer, None
+        return model, tokenizer, model.assets.directory
 
     def _show(self, result: FinetuneResult) -> None:
         console = self.output.console
@@ -160,7 +162,11 @@ def defaults(arguments: Sequence[str]) -> Finetune:
         name, equals, value = word.partition("=")
         if name == "--config" and (equals or number + 1 < len(words)):
             run = load_finetune(value if equals else words[number + 1])
-    wants_qat = any(word.startswith("--qat.") for word in words)
-    if wants_qat and run.qat is None:
+    if wants_qat(words) and run.qat is None:
         run = dataclasses.replace(run, lora=None, qat=QAT())
     return Finetune(model=tyro.MISSING, to=tyro.MISSING, run_config=run)
+
+
+def wants_qat(arguments: Sequence[str]) -> bool:
+    """Whether a command line has options of quantization-aware training."""
+    return any(word.startswith("--qat.") for word in arguments)

@@ -52,14 +52,13 @@ def _parse(arguments: list[str]) -> Any:
     ]
     if arguments[:1] not in [[name] for name in VERBS]:
         # Only where it may be meant: what it imports takes as long as all the rest.
-        from qjax.cli.finetune import Finetune, defaults
-        from qjax.cli.plan import Plan
+        from qjax.cli import finetune, plan
 
-        start = defaults(arguments)
-        verbs.append(
-            Annotated[Finetune, tyro.conf.subcommand("finetune", default=start)]
-        )
-        verbs.append(Annotated[Plan, tyro.conf.subcommand("plan")])
+        start: Any = finetune.defaults(arguments)
+        verb: Any = tyro.conf.subcommand("finetune", default=start)
+        verbs.append(Annotated[finetune.Finetune, verb])
+        verb = tyro.conf.subcommand("plan", default=plan.defaults(arguments))
+        verbs.append(Annotated[plan.Plan, verb])
     union: Any = Union[tuple(verbs)]  # noqa: UP007
     return tyro.cli(
         union,

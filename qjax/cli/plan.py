@@ -1,14 +1,17 @@
 """`qjax plan MODEL|CONFIG --device v5e-8|h100|... [--mode serve|finetune]`."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import rich.table
 import tyro
 
+from qjax.cli.finetune import wants_qat
 from qjax.cli.output import Output
 from qjax.plan import Plan as Planned
 from qjax.plan import Work, plan
+from qjax.train.qat import QAT
 
 GIB = 2**30
 
@@ -27,9 +30,11 @@ class Plan:
     device: Annotated[str, tyro.conf.arg(metavar="NAME[-N]")]
     """v5e, v5p, v6e (N chips), a100, a100-40g, h100, h200, l4, rtx4090."""
     recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE|none")] = None
-    """How weights are packed; by default as the artifact is, or nf4."""
+    """How weights are packed; by default as the artifact is, or nf4, or not with
+    --qat."""
     mode: Literal["serve", "finetune"] = "serve"
-    """Generation, or training of adapters (QLoRA)."""
+    """Generation, or training: of adapters (QLoRA), or with any --qat option of the
+    weights themselves for a format."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     work: Annotated[Work, tyro.conf.arg(name="")] = dataclasses.field(
@@ -71,3 +76,13 @@ class Plan:
         )
         for note in made.notes:
             console.print(f"note: {note}")
+
+
+def defaults(arguments: Sequence[str]) -> Plan:
+    """Returns what options have where the command line does not give them.
+
+    Args:
+      arguments: The command line, of which any `--qat` option is looked at.
+    """
+    work = Work(qat=QAT() if wants_qat(arguments) else None)
+    return Plan(model=tyro.MISSING, device=tyro.MISSING, work=work)

@@ -163,7 +163,7 @@ class Training(nnx.Module):
             if jnp.issubdtype(leaf.dtype, jnp.floating):
                 check_finite(leaf, name)
         lead = layer.to_matrix(_dense(layer)).ndim - 2
-        return _pack_all(arrays, self._spec(layer), lead)
+        return _pack_alone(arrays, self._spec(layer), lead)
 
     def _spec(self, layer: Any) -> Spec:
         pool = 1 if self.adapter is None else self.adapter.pool
@@ -244,6 +244,21 @@ def _pack_all(arrays, spec: Spec, lead: int):
     for _ in range(lead):
         run = functools.partial(lax.map, run)
     return run(arrays)
+
+
+def _pack_alone(arrays, spec: Spec, lead: int):
+    """The same of arrays that may be on several devices: on one, layer by layer."""
+    leaves = jax.tree.leaves(arrays)
+    devices = {device for leaf in leaves for device in leaf.sharding.device_set}
+    if len(devices) == 1:
+        return _pack_all(arrays, spec, lead)
+    if not lead:
+        return _pack_all(jax.device_put(arrays, jax.local_devices()[0]), spec, 0)
+    made = [
+        _pack_alone(jax.tree.map(lambda x, i=i: x[i], arrays), spec, lead - 1)
+        for i in range(leaves[0].shape[0])
+    ]
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *made)
 
 
 def _positive(scale):

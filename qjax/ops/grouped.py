@@ -6,7 +6,8 @@ of `qjax.ops.grouped_product.BACKENDS`: a kernel over the stacked packed weight,
 anywhere, the loop of `qjax.ops.windows`.
 
 As in `qjax.ops.product`, a packed weight is never expanded and the residuals of the
-gradient are activations and packed weights alone. Float arrays go to `lax.ragged_dot`.
+gradient are activations and packed weights alone. Float arrays go to `lax.ragged_dot`,
+and so do gradients of weights that are trained for a format (`qjax.ops.trained`).
 Outliers (`WithOutliers`) have no grouped rule and are refused.
 """
 
@@ -25,6 +26,7 @@ from qjax.ops.blocks import materialize_scale, same_variance
 from qjax.ops.grouped_product import ACTIVATIONS, BACKENDS, choose, fused, packed
 from qjax.ops.prepack import Prepacked, cut
 from qjax.ops.product import Packed
+from qjax.ops.trained import instead
 from qjax.tensor import QuantizedTensor
 from qjax.trellis import Incoherent
 from qjax.wrappers import (
@@ -35,6 +37,7 @@ from qjax.wrappers import (
     Rotated,
     RowParts,
     SplitInputs,
+    Trained,
     Transposed,
     hadamard,
 )
@@ -285,6 +288,8 @@ def _apply(x, group_sizes, w: Any, transpose, backend) -> Array:
         return _split(x, group_sizes, w, transpose, backend)
     if isinstance(w, RowParts):
         return _parts(x, group_sizes, w, transpose, backend)
+    if isinstance(w, Trained):
+        return _trained(x, group_sizes, w, transpose, backend)
     if not isinstance(w, Incoherent | InputScaled | Permuted | Rotated):
         raise UnsupportedError(
             f"grouped_matmul: no rule for {type(w).__name__}; multiply expert by "
@@ -325,6 +330,22 @@ def _parts(x, group_sizes, w: RowParts, transpose, backend):
         )
         y = y.at[:, at if transpose else slice(None)].add(own.astype(jnp.float32))
     return y.astype(x.dtype)
+
+
+def _trained(x, group_sizes, w: Trained, transpose, backend):
+    """The product of the codes, with the gradient of that of the float weight."""
+    if w.backward:
+        raise UnsupportedError(
+            f"grouped_matmul: experts have no int8 gradients, {w.backward}; train them "
+            "with backward=()"
+        )
+    carrier = _dense(x, group_sizes, w.dense.astype(x.dtype), transpose)
+    fixed, base = lax.stop_gradient((x, w.base))
+    value = _apply(fixed, group_sizes, base, transpose, backend)
+    if w.active is not None:
+        on = w.active[_expert_of_row(x.shape[0], group_sizes)][:, None]
+        value = jnp.where(on, value, lax.stop_gradient(carrier))
+    return instead(value, carrier)
 
 
 def _float_scale(w):

@@ -220,6 +220,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self._row_ends) - 1
 
+    def first(self, count: int) -> np.ndarray:
+        """Returns the ids of the first rows one after the other, `count` at most."""
+        return self._ids[:count]
+
     def empty(self, *shape: int) -> dict[str, np.ndarray]:
         """Returns arrays `[*shape, context]` of a batch of padding."""
         shape = (*shape, self.context)

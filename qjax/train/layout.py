@@ -9,6 +9,9 @@ everything else outside of the layers, are on every device.
 Scales that are quantized themselves run in blocks through the whole matrix. Where
 blocks do not end with a device's columns, all of them are on every device of `tensor`
 and decoded there (`qjax.train.parallel`).
+
+A weight that is trained for a format lies as a dense one does, with its learned scales.
+Over `fsdp` it is gathered as floats and rounded whole, over `tensor` rounded by parts.
 """
 
 import math
@@ -22,9 +25,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qjax.errors import SpecError, UnsupportedError
 from qjax.models import Decoder, ModelConfig
 from qjax.nn import QEmbed
+from qjax.nn.base import QuantizedLayer
 from qjax.ops.partition import axes_of
 from qjax.tensor import LayoutTensor, QuantizedTensor
-from qjax.train.cuts import cut_of
+from qjax.train.cuts import cut_of, training_cut
 from qjax.train.mesh import automatic
 
 Path = tuple[Any, ...]
@@ -52,8 +56,8 @@ _VARIABLES = {
     "squares": {"out": -1},
 }
 """The axis of a variable that runs along each axis of the weight."""
-_WHOLE = ("scale", "alpha", "rank", "key")
-"""Variables of adapters that run along neither."""
+_WHOLE = ("scale", "alpha", "rank", "key", "clock", "inputs")
+"""Variables of adapters, and of training for a format, that run along neither."""
 
 
 class Layout:
@@ -85,9 +89,11 @@ class Layout:
         self.split_table = (
             type(table) is QEmbed
             and not table.frozen
+            and table.format is None
             and model.head is not None
             and table.features % self.fsdp == 0
         )
+        self._training = self._cuts_of_training(model) if self.tensor > 1 else {}
         self._specs = {
             path: self._of(path, variable)
             for path, variable in nnx.to_flat_state(nnx.state(model))
@@ -156,6 +162,8 @@ class Layout:
     def _tensor(self, path: Path, value: Any, side: str) -> dict[Any, dict[int, str]]:
         """Which axes, counted from the last, of which leaves are over `tensor`."""
         name, where = path[-1], ".".join(map(str, path))
+        if path[-2] == "qat" and name in ("scale", "offset"):
+            return self._training[path[:4]]
         if name in _WHOLE:
             return {}
         if name not in _VARIABLES:
@@ -178,6 +186,17 @@ class Layout:
                 f"{list(value.shape)}"
             )
         return {(): {axis: "tensor"}}
+
+    def _cuts_of_training(self, model: Decoder) -> dict[Path, Any]:
+        """Of the layers that are trained for a format, how their scales are cut."""
+        found = {}
+        for path, layer in nnx.iter_modules(model):
+            parts: Any = path
+            side = SIDES.get(parts[2:]) if parts[:1] == ("layers",) else None
+            if side and isinstance(layer, QuantizedLayer) and layer.qat is not None:
+                where = ".".join(map(str, path))
+                found[path] = training_cut(layer, side, self.tensor, where)
+        return found
 
     def _packed(self, where: str, q: Any, side: Any) -> dict[Any, dict[int, str]]:
         if not isinstance(q, LayoutTensor):

@@ -7,8 +7,9 @@ silently: `attach` reports every weight, and a target that names none is an erro
 Costs: the factors in float32; DoRA, `pissa` and `loftq` decode one weight at a time.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,14 @@ from jaxtyping import Array
 from qjax.converters.adapters import changed_recipe
 from qjax.errors import SpecError
 from qjax.nn.lora import without_adapter
+from qjax.train.lora_config import FROM_WEIGHTS
 from qjax.train.lora_config import AttachReport as AttachReport
 from qjax.train.lora_config import LoRA as LoRA
 from qjax.train.lora_own import first, given
 from qjax.train.lora_place import install
 from qjax.train.lora_sites import sites
 from qjax.train.lora_targets import Targets
+from qjax.train.sources import parts_of
 
 
 def attach(
@@ -34,15 +37,16 @@ def attach(
       model: A `Decoder`, or any NNX module; weights may be packed.
       config: The settings.
       key: PRNG key of the first values; those of a weight do not depend on the others.
-      original: For `init="loftq"`: the weights before they were quantized, by path as
-        `Decoder.params` gives them, or a `Decoder`.
+      original: For `init="loftq"` and `"pissa"`: the weights before they were
+        quantized, by path as `Decoder.params` gives them; a `Decoder`; or where one
+        lies on disk, which is read layer by layer. `config.original` by default.
 
     Returns:
       What was adapted, and what was not.
 
     Raises:
       SpecError: A target names nothing (near names are listed), adapters are there
-        already, or the settings do not fit a weight.
+        already, the settings do not fit a weight, or the original is another model's.
       UnsupportedError: A kind of weight cannot have this variant.
 
     Example:
@@ -53,16 +57,26 @@ def attach(
         raise SpecError(
             f"attach: {taken[0]} has an adapter already; detach, or merge it, first"
         )
-    originals = _originals(original, config)
     targets = Targets(found, config.targets, config.exclude)
     ranks = targets.setting("rank_pattern", config.rank_pattern, config.rank)
     alphas = targets.setting("alpha_pattern", config.alpha_pattern, config.alpha)
-    owns = {
-        path: first(site, index, config, (ranks[path], alphas[path]), key, originals)
+    owns: dict[str, Any] = {}
+    wanted = {
+        path: (site, index)
         for site in found
         for index, path in enumerate(site.paths)
         if path in ranks
     }
+    for part in _originals(original, config):
+        for path, place in wanted.items():
+            if part is None or path in part:
+                numbers, own = (ranks[path], alphas[path]), part and part[path]
+                owns[path] = first(*place, config, numbers, key, own)
+    if lacking := [path for path in wanted if path not in owns]:
+        raise SpecError(
+            f"attach: the original lacks {lacking[0]}; pass the model that it was "
+            "quantized from"
+        )
     modules = tuple(install(found, owns))
     if any(one.base != "kept" for one in modules):
         _mark(model, config)
@@ -73,7 +87,8 @@ def _mark(model: Any, config: LoRA) -> None:
     """Notes in a model's recipe that its weights fit these adapters only."""
     assets = getattr(model, "assets", None)
     if assets is not None:
-        recipe = changed_recipe(assets.recipe, dataclasses.asdict(config))
+        why = dataclasses.asdict(dataclasses.replace(config, original=None))
+        recipe = changed_recipe(assets.recipe, why)
         model.assets = dataclasses.replace(assets, recipe=recipe)
 
 
@@ -157,15 +172,21 @@ def load_adapter_tree(
     return AttachReport(tuple(install(found, owns)), tuple(kept.items()))
 
 
-def _originals(original: Any, config: LoRA) -> Mapping[str, Any]:
-    """Weights before quantization by our path."""
-    if config.init != "loftq":
-        return {}
+def _originals(original: Any, config: LoRA) -> Iterator[Mapping[str, Any] | None]:
+    """Weights before quantization by our path, part by part; None where none count."""
+    original = config.original if original is None else original
+    if config.init not in FROM_WEIGHTS or (config.init, original) == ("pissa", None):
+        yield None
+        return
     if original is None:
         raise SpecError(
             "attach: init='loftq' repairs rounding and needs the weights before it; "
-            "pass original=, the model that was quantized or its params()"
+            "say where they are with original=, the model that was quantized"
         )
-    params = original if isinstance(original, Mapping) else original.params()
-    ends = (".kernel", ".embedding")
-    return {p.removesuffix(ends[0]).removesuffix(ends[1]): x for p, x in params.items()}
+    with contextlib.ExitStack() as stack:
+        mapped = isinstance(original, Mapping)
+        for _, part in [(0, original)] if mapped else parts_of(stack, original):
+            yield {
+                path.removesuffix(".kernel").removesuffix(".embedding"): w
+                for path, w in part.items()
+            }

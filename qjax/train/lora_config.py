@@ -7,7 +7,8 @@ from typing import Any
 from qjax.errors import SpecError
 from qjax.train.lora_targets import ALL_LINEAR
 
-INITS = ("kaiming", "gaussian", "pissa", "loftq")
+FROM_WEIGHTS = ("pissa", "loftq")
+INITS = ("kaiming", "gaussian", *FROM_WEIGHTS)
 VARIANTS = ("lora", "rslora", "dora", "qalora")
 
 
@@ -32,6 +33,8 @@ class LoRA:
       pool: Inputs that QA-LoRA averages; the group of the packed weight lets it be
         merged without rounding.
       loftq_rounds: Times that LoftQ quantizes the base anew; 0 keeps it.
+      original: The model before it was quantized, which LoftQ needs and PiSSA starts
+        from: directory, GGUF file or Hub id, read layer by layer.
 
     Raises:
       SpecError: A setting is out of range or not a name.
@@ -48,6 +51,7 @@ class LoRA:
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     pool: int = 32
     loftq_rounds: int = 0
+    original: str | None = None
 
     def __post_init__(self):
         for name, value, known in (
@@ -72,6 +76,11 @@ class LoRA:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise SpecError(f"LoRA: {name}={value!r}; expected {least} or more")
+        if self.original is not None and self.init not in FROM_WEIGHTS:
+            raise SpecError(
+                f"LoRA: original={self.original!r:.80} is what init='loftq' and "
+                f"'pissa' start from; init is {self.init!r}: leave one out"
+            )
         if isinstance(self.targets, list):
             object.__setattr__(self, "targets", tuple(self.targets))
         if isinstance(self.exclude, list):

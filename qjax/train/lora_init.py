@@ -5,9 +5,9 @@
     pissa:     s A B = the r greatest singular parts of W; the weight becomes W - s A B
     loftq:     s A B = the r greatest singular parts of W - Q, Q the packed weight
 
-PiSSA changes the weight below: a packed one is quantized again in its own format. LoftQ
-keeps it, or alternates: with `rounds > 0` it is quantized anew from W - s A B each
-time.
+PiSSA changes the weight below: a packed one is quantized again in its own format, from
+the original W where that is at hand. LoftQ keeps it, or alternates: with `rounds > 0`
+it is quantized anew from W - s A B each time.
 
 Reference: Hu et al., arXiv 2106.09685 and PEFT's defaults (kaiming, gaussian); Meng et
 al., arXiv 2404.02948 (PiSSA); Li et al., arXiv 2310.08659 (LoftQ, algorithm 1).
@@ -68,11 +68,14 @@ def greatest(
     return u[..., :rank] * root[..., None, :], root[..., :, None] * v[..., :rank, :]
 
 
-def pissa(leaf: Any, rank: int, scale: float, path: str) -> tuple[Array, Array, Any]:
+def pissa(
+    leaf: Any, original: Any, rank: int, scale: float, path: str
+) -> tuple[Array, Array, Any]:
     """PiSSA's factors, and the weight that stays below them.
 
     Args:
       leaf: The weight, dense or packed.
+      original: What it was quantized from, or None to start from `leaf` itself.
       rank: Columns of A.
       scale: Factor of the product.
       path: What errors call the weight.
@@ -81,8 +84,10 @@ def pissa(leaf: Any, rank: int, scale: float, path: str) -> tuple[Array, Array, 
       UnsupportedError: A packed weight cannot be quantized again.
     """
     if len(leaf.shape) > 2:
-        return _each(lambda one: pissa(one, rank, scale, path), leaf)
-    w = dense(leaf)
+        return _each(
+            lambda one, full: pissa(one, full, rank, scale, path), leaf, original
+        )
+    w = dense(leaf if original is None else original)
     a, b = greatest(w, rank, scale)
     rest = w - scale * jnp.matmul(a, b, precision="highest")
     if isinstance(leaf, QuantizedTensor):

@@ -11,7 +11,7 @@ from qjax.errors import SpecError, UnsupportedError
 from qjax.tensor import QuantizedTensor
 from qjax.train.lora_config import LoRA
 from qjax.train.lora_init import key_of, loftq, pissa, random_factors, table_factors
-from qjax.train.lora_sites import Site
+from qjax.train.lora_sites import Site, dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ def first(
     config: LoRA,
     numbers: tuple[int, float],
     key: Array,
-    originals: Mapping[str, Any],
+    original: Any = None,
 ) -> Own:
     """The adapter that a weight starts with.
 
@@ -69,7 +69,7 @@ def first(
       config: The settings.
       numbers: Its rank and alpha.
       key: PRNG key of all adapters.
-      originals: For LoftQ, weights before quantization by path.
+      original: For PiSSA and LoftQ, the weight before it was quantized, or None.
 
     Raises:
       SpecError: The settings do not fit the weight.
@@ -89,7 +89,7 @@ def first(
         return Own(a, b, scale, alpha)
     base = None
     if config.init in ("pissa", "loftq"):
-        a, b, base = _decomposed(site, index, config, rank, scale, originals)
+        a, b, base = _decomposed(site, index, config, rank, scale, original)
     else:
         a, b = random_factors(config.init, key_of(key, path), shape, rank, pool)
     magnitude = squares = None
@@ -173,12 +173,7 @@ def _misfit(path: str, a: Any, b: Any, shape: tuple[int, ...]) -> SpecError:
 
 
 def _decomposed(
-    site: Site,
-    index: int,
-    config: LoRA,
-    rank: int,
-    scale: float,
-    originals: Mapping[str, Any],
+    site: Site, index: int, config: LoRA, rank: int, scale: float, original: Any
 ) -> tuple[Array, Array, Any]:
     """Factors by singular values, and the new weight below them or None."""
     path, shape = site.paths[index], site.shape()
@@ -188,11 +183,18 @@ def _decomposed(
             f"shape {list(shape)}; lower it, or use init='kaiming'"
         )
     leaf = site.leaf(index)
+    if original is not None:
+        original = _original(site, path, leaf, original)
     if config.init == "pissa":
-        return pissa(leaf, rank, scale, path)
-    if path not in originals:
-        raise SpecError(f"attach: original lacks {path}")
-    original = originals[path]
+        return pissa(leaf, original, rank, scale, path)
+    rounds = config.loftq_rounds
+    a, b, base = loftq(leaf, original, rank, scale, rounds, path)
+    return a, b, base if rounds else None
+
+
+def _original(site: Site, path: str, leaf: Any, original: Any) -> Any:
+    """The weight that a leaf was quantized from, in matrix form, checked."""
+    shape = site.shape()
     expected = getattr(site.converted(), "kernel_shape", shape)
     if isinstance(original, QuantizedTensor):
         expected = shape
@@ -201,7 +203,13 @@ def _decomposed(
             f"{path}: the original has shape {list(original.shape)}, the packed weight "
             f"{list(expected)}; pass the model that it was quantized from"
         )
-    rounds = config.loftq_rounds
     original = site.matrix(original)
-    a, b, base = loftq(leaf, original, rank, scale, rounds, path)
-    return a, b, base if rounds else None
+    w = dense(original)
+    missed, size = (float(jnp.linalg.norm(x)) for x in (w - dense(leaf), w))
+    if missed > size:
+        raise SpecError(
+            f"{path}: the weight is farther from the original than zeros are (error "
+            f"{missed:.3g}, norm {size:.3g}); pass the model that it was quantized "
+            "from. Recipes that rotate, or scale what comes in, leave none"
+        )
+    return original

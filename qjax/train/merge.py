@@ -5,15 +5,12 @@ See `qjax.train.merge_parts` for what the modes `original`, `dequantized` and
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-from qjax.artifact import Artifact, is_artifact
-from qjax.checkpoint import Assets, checkpoint_parts, write_artifact
+from qjax.checkpoint import Assets, write_artifact
 from qjax.convert import Converted, check_format, write_parts
-from qjax.converters.huggingface import TOKENIZER_FILES, open_checkpoint
 from qjax.converters.peft import read_adapter
 from qjax.converters.peft_settings import Adapter
 from qjax.errors import SpecError
@@ -22,7 +19,8 @@ from qjax.train.adapters import adapter_of, detached_parts
 from qjax.train.merge_parts import MODES as MODES
 from qjax.train.merge_parts import MergedTensor as MergedTensor
 from qjax.train.merge_parts import MergeReport as MergeReport
-from qjax.train.merge_parts import Part, check_mode, merge_parts
+from qjax.train.merge_parts import check_mode, merge_parts
+from qjax.train.sources import Part, open_source, parts_of
 
 Source = str | os.PathLike[str]
 
@@ -63,7 +61,7 @@ def merge(
     report = MergeReport(mode)
     recipe = None if model.assets is None else model.assets.recipe
     with contextlib.ExitStack() as stack:
-        originals = _parts_of(stack, original)
+        originals = None if original is None else parts_of(stack, original)
         params: dict[str, Any] = {}
         for _, part in merge_parts(
             model.config,
@@ -123,14 +121,14 @@ def merge_checkpoint(
         )
     report, done = MergeReport(mode), Converted()
     with contextlib.ExitStack() as stack:
-        source = _opened(stack, base, revision)
+        source = open_source(stack, base, revision)
         parts = merge_parts(
             ModelConfig.from_hf(source.config),
             source.parts,
             read_adapter(adapter),
             mode,
             report,
-            originals=_parts_of(stack, original),
+            originals=None if original is None else parts_of(stack, original),
             recipe=source.recipe,
         )
         if fmt == "qjax":
@@ -149,49 +147,6 @@ def merge_checkpoint(
                 done,
             )
     return report, done
-
-
-class _Source(NamedTuple):
-    directory: str
-    config: dict[str, Any]
-    files: dict[str, Any]
-    recipe: str | None
-    parts: Iterator[Part]
-
-
-def _opened(stack: Any, source: Source, revision: str | None = None) -> _Source:
-    """A model on disk, open until the stack is left."""
-    if is_artifact(source):
-        artifact = Artifact(source)
-        recipe = artifact.manifest.get("recipe")
-        return _Source(
-            str(artifact.directory),
-            artifact.config,
-            {n: p for n, p in artifact.files.items() if n in TOKENIZER_FILES},
-            None if recipe is None else json.dumps(recipe),
-            _numbered(artifact.parts()),
-        )
-    checkpoint = stack.enter_context(open_checkpoint(source, revision))
-    return _Source(
-        str(checkpoint.directory),
-        checkpoint.config,
-        checkpoint.tokenizer_files,
-        None,
-        checkpoint_parts(checkpoint),
-    )
-
-
-def _numbered(parts: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Part]:
-    """Parts of an artifact, by their layer."""
-    for name, part in parts:
-        number = name.removeprefix("layer-").removesuffix(".safetensors")
-        yield int(number) if number.isdigit() else None, part
-
-
-def _parts_of(stack: Any, model: Decoder | Source | None) -> Any:
-    if model is None or isinstance(model, Decoder):
-        return None if model is None else model.parts()
-    return _opened(stack, model).parts
 
 
 def _closed(parts: Iterable[Part]) -> Iterator[tuple[int | None, dict[str, Any]]]:

@@ -17,7 +17,7 @@ delta mean that the adapter is lost in them. Memory is one layer.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,9 +30,9 @@ from qjax.models.weights import EMBEDDING, HEAD
 from qjax.nn.linear import transpose
 from qjax.tensor import QuantizedTensor
 from qjax.train.requantize import into_zero, requantize
+from qjax.train.sources import Part
 
 MODES = ("original", "dequantized", "requantized")
-Part = tuple[Any, Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)

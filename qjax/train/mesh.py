@@ -205,5 +205,15 @@ def place_batch(
     return {name: put(name, value) for name, value in batch.items()}
 
 
+def on_one_device(tree: Any) -> Any:
+    """Returns a tree with arrays that are on several devices of this host on one."""
+
+    def put(x: Any) -> Any:
+        many = isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
+        return jax.device_put(x, jax.local_devices()[0]) if many else x
+
+    return jax.tree.map(put, tree)
+
+
 def _shown(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{name}={size}" for name, size in sizes.items())

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from qjax.errors import MissingExtraError
 from qjax.io.atomic import write_bytes
 from qjax.models import ModelConfig
-from qjax.parts import peak_memory_bytes
+from qjax.reports import peak_memory_bytes
 
 PEAKS = {
     "NVIDIA A100-SXM4-40GB": 312e12,

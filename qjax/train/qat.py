@@ -37,6 +37,7 @@ from qjax.nn.base import QuantizedLayer
 from qjax.nn.qat import Fixed, Learned, Master, Training
 from qjax.nn.swap import swap
 from qjax.recipes import Recipe, Rule, load_recipe
+from qjax.train.mesh import on_one_device
 from qjax.train.qat_layers import (
     PreparedWeight,
     QATReport,
@@ -61,6 +62,8 @@ class QAT:
       activations: round the inputs of weights to `"int8"` or `"float8_e4m3fn"`.
       static: one scale for all inputs of a weight, from calibration, instead of one per
         row; with `learn="lsq"` it is learned.
+      calibration: the text file that a run's static scales come from; by default the
+        first windows of what it trains on.
       start_step: first training step at which anything is rounded. The training step
         says which it is with `qjax.nn.qat.at_step`; outside of training everything is.
       lora: a `qjax.train.lora.LoRA`: train adapters in place of the weights.
@@ -76,6 +79,7 @@ class QAT:
     learn: str = "none"
     activations: str | None = None
     static: bool = False
+    calibration: str | None = None
     start_step: int = 0
     lora: Any = None
     backward: tuple[str, ...] = ()
@@ -95,6 +99,11 @@ class QAT:
         if self.static and self.activations is None:
             raise SpecError(
                 "QAT: static=True is about rounded activations; set activations too"
+            )
+        if self.calibration is not None and not self.static:
+            raise SpecError(
+                f"QAT: calibration={self.calibration!r:.80} is for static scales of "
+                "activations; set static=True, or leave it out"
             )
         if self.others and self.lora is not None:
             raise SpecError(
@@ -116,6 +125,7 @@ def prepare(
     key: Array | None = None,
     calibration: Any = None,
     observer: Any = None,
+    original: Any = None,
 ) -> QATReport:
     """Puts a model into the state of quantization-aware training, in place.
 
@@ -126,6 +136,7 @@ def prepare(
       key: of the adapters' initial values; needed with `config.lora`.
       calibration: token ids `[windows, time]` or `[tokens]`, for static scales.
       observer: of `qjax.calibration`, chooses static scales to start from.
+      original: see `qjax.train.attach`.
 
     Returns:
       What became of every weight.
@@ -143,7 +154,7 @@ def prepare(
             raise SpecError("prepare: adapters start from random values; pass key=")
         from qjax.train.lora import attach
 
-        attach(model, config.lora, key)
+        attach(model, config.lora, key, original=original)
     if isinstance(model, Decoder):
         split_runs(model, recipe)
     adapters = take_adapters(model, recipe)
@@ -167,7 +178,7 @@ def convert(model: Any) -> Any:
     """Returns a copy of a model in training whose weights are stored as codes.
 
     The codes are those that the model multiplies by; see `qjax.nn.freeze` for layers
-    that are not in training.
+    that are not in training. The copy of a model on a mesh is on one device.
 
     Args:
       model: after `prepare`.
@@ -185,6 +196,7 @@ def convert(model: Any) -> Any:
         )
     for path, layer in found:
         layer.freeze(path)
+    nnx.update(made, on_one_device(nnx.state(made)))
     return made
 
 

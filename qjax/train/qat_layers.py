@@ -18,6 +18,7 @@ from qjax.nn.base import QuantizedLayer
 from qjax.nn.lora import without_adapter
 from qjax.nn.swap import dotted
 from qjax.recipes import Recipe
+from qjax.train.lora_sites import sites
 
 _TABLES = {
     "embed.tokens.embedding": "embed.embedding",
@@ -103,22 +104,21 @@ def take_adapters(model: Any, recipe: Recipe) -> dict[int, Any]:
     named = {
         id(layer): path
         for path, names, layer in layers(model)
-        if getattr(layer, "lora", None) is not None
-        and recipe.match(names[0], (1, 1)) is not None
+        if recipe.match(names[0], (1, 1)) is not None
     }
     found: dict[int, Any] = {}
-    for _, parent in list(nnx.iter_modules(model)):
-        for name, layer in list(vars(parent).items()):
-            if id(layer) not in named:
-                continue
-            if layer.lora.rate:
-                raise UnsupportedError(
-                    f"{named[id(layer)]}: dropout of an adapter's input has no meaning "
-                    "when the sum of weight and adapter is rounded; set dropout=0"
-                )
-            plain = without_adapter(layer)
-            setattr(parent, name, plain)
-            found[id(plain)] = layer.lora
+    for site in sites(model):
+        adapter, path = site.adapter, named.get(id(site.layer))
+        if adapter is None or path is None:
+            continue
+        if adapter.rate:
+            raise UnsupportedError(
+                f"{path}: dropout of an adapter's input has no meaning when the sum "
+                "of weight and adapter is rounded; set dropout=0"
+            )
+        plain = without_adapter(site.layer)
+        site.replace(plain)
+        found[id(plain)] = adapter
     return found
 
 

@@ -42,8 +42,8 @@ def finetune(
         where there is none, start.
       overwrite: Replace the run in `output`.
       base_model: Name or directory of the base model, for the adapter's file.
-      original: The model before it was quantized, or its `params()`, for adapters with
-        `init="loftq"`.
+      original: The model before it was quantized, its `params()` or where it lies, for
+        adapters with `init="loftq"` or `"pissa"`; by default `lora.original`.
       progress: Called after every step.
 
     Returns:

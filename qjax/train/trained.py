@@ -8,11 +8,13 @@ from typing import Any
 import jax
 from flax import nnx
 
+from qjax.calibration.windows import WINDOWS, calibration_windows
 from qjax.checkpoint import save
 from qjax.errors import UnsupportedError
 from qjax.recipes import load_recipe
 from qjax.train.adapters import save_adapter, save_base
 from qjax.train.config import Finetune
+from qjax.train.data import LoadedData
 from qjax.train.lora import attach
 from qjax.train.qat import convert, prepare
 from qjax.train.run_files import RunFiles
@@ -38,8 +40,32 @@ class Trained:
     recipe: str | None = None
 
 
+def calibration_of(config: Finetune, data: LoadedData, tokenizer: Any) -> Any:
+    """The windows that static scales of activations come from, or None without them.
+
+    Args:
+      config: The run.
+      data: What it trains on, whose first windows they are by default.
+      tokenizer: The model's, for a file.
+
+    Raises:
+      SpecError: The file cannot be read or is too short.
+    """
+    if config.qat is None or not config.qat.static:
+        return None
+    context, source = config.data.context, config.qat.calibration
+    if source is None:
+        source = data.train.first(WINDOWS * context)
+        context = min(context, len(source))
+    return calibration_windows(source, tokenizer, context=context)
+
+
 def prepare_model(
-    model: Any, config: Finetune, key: jax.Array, original: Any = None
+    model: Any,
+    config: Finetune,
+    key: jax.Array,
+    original: Any = None,
+    calibration: Any = None,
 ) -> Trained:
     """Puts adapters, or quantization-aware training, into a model.
 
@@ -47,14 +73,15 @@ def prepare_model(
       model: Changed in place.
       config: The run.
       key: Of initial values.
-      original: The weights before they were quantized, for `init="loftq"`.
+      original: The weights before they were quantized, see `qjax.train.attach`.
+      calibration: Token ids, for static scales of activations.
 
     Raises:
       SpecError: It does not apply to this model.
       UnsupportedError: The run has several processes and ends in a model, not only in
         an adapter.
     """
-    trained = _prepare(model, config, key, original)
+    trained = _prepare(model, config, key, original, calibration)
     if jax.process_count() > 1 and (trained.new_base or trained.recipe is not None):
         raise UnsupportedError(
             "finetune: a run of several processes writes adapters alone, and this one "
@@ -64,9 +91,12 @@ def prepare_model(
     return trained
 
 
-def _prepare(model: Any, config: Finetune, key: jax.Array, original: Any) -> Trained:
+def _prepare(
+    model: Any, config: Finetune, key: jax.Array, original: Any, calibration: Any
+) -> Trained:
     if config.qat is not None:
-        report = dataclasses.asdict(prepare(model, config.qat, key=key))
+        more: Any = {"original": original, "calibration": calibration}
+        report = dataclasses.asdict(prepare(model, config.qat, key=key, **more))
         recipe = json.dumps(load_recipe(config.qat.recipe).to_dict())
         wrt, modules = config.qat.wrt, report["weights"]
         return Trained(wrt, modules, report["kept"], recipe=recipe)

@@ -22,7 +22,7 @@ import numpy as np
 
 from qjax.errors import NonFiniteError, SpecError
 from qjax.io.files import shown
-from qjax.parts import peak_memory_bytes
+from qjax.reports import peak_memory_bytes
 from qjax.train.checkpoints import Checkpoints
 from qjax.train.config import Finetune
 from qjax.train.data import load_data
@@ -42,7 +42,7 @@ from qjax.train.prepared import make_step
 from qjax.train.result import FinetuneResult
 from qjax.train.run_files import RunFiles
 from qjax.train.stops import Stops
-from qjax.train.trained import export, prepare_model
+from qjax.train.trained import calibration_of, export, prepare_model
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +90,8 @@ class Trainer:
         self.steps = config.steps or whole
         seed = jax.random.key(config.seed)
         first = jax.random.fold_in(seed, 0)
-        self.trained = prepare_model(model, config, first, original)
+        calibration = calibration_of(config, data, tokenizer)
+        self.trained = prepare_model(model, config, first, original, calibration)
         self.notes = list(data.report.notes)
         wrt = self.trained.wrt
         self.step = make_step(model, config, self.steps, wrt, self.mesh, self.notes)

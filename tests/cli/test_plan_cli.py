@@ -34,3 +34,11 @@ def test_people_get_a_table(capsys):
 def test_bad_input_has_a_status(capsys):
     assert main(["plan", "llama-3-8b", "--device", "h1000"]) == 2
     assert "did you mean h100" in capsys.readouterr().err
+
+
+def test_training_for_a_format_is_asked_for_by_its_options(capsys):
+    arguments = ["plan", "llama-3-8b", "--device", "h200-8", "--mode", "finetune"]
+    arguments += ["--batch", "8", "--qat.learn", "lsq", "--json", "-"]
+    assert main(arguments) == 0
+    parts = json.loads(capsys.readouterr().out)["breakdown"]
+    assert parts["trained weights"] > 30 * parts["learned scales"] > 0

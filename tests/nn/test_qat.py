@@ -21,12 +21,6 @@ from qjax.wrappers import RoundedInputs
 ROWS, COLS = 24, 8
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _optimized(_compiler):
-    """Results are compared bit for bit: with the compiler as it is used."""
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def weight(rng, *shape):
     return jnp.asarray(rng.standard_normal(shape or (ROWS, COLS)), jnp.float32)
 

@@ -117,3 +117,19 @@ def test_a_quantized_model_is_not_quantized_again(run, tiny, tmp_path):
     main(["quantize", str(tiny), "--to", out, "--recipe", "int8", "--quiet"])
     status, _, captured = run("--recipe", "nf4", model=out)
     assert status == 2 and "is quantized already; leave it out" in captured.err
+
+
+def test_loftq_over_a_quantized_model_reads_the_original(run, tiny, tmp_path):
+    out = str(tmp_path / "int4")
+    main(["quantize", str(tiny), "--to", out, "--recipe", "int4-g32", "--quiet"])
+    loftq = ("--lora.init", "loftq", "--lora.targets", "q", "down")
+    status, _, captured = run(*loftq, model=out)
+    assert status == 2 and "say where they are with original=" in captured.err
+    status, _, captured = run(*loftq, "--lora.original", tmp_path / "no", model=out)
+    assert status == 2 and "no" in captured.err
+    status, made, _ = run(*loftq, "--lora.original", tiny, model=out, to=tmp_path / "a")
+    assert status == 0 and made["model"] is None
+    status, again, _ = run(
+        *loftq, "--recipe", "int4-g32", model=tiny, to=tmp_path / "b"
+    )  # quantized on the way, the original is at hand
+    assert status == 0 and again["final_loss"] == made["final_loss"]

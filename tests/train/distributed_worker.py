@@ -12,6 +12,8 @@ from pathlib import Path
 
 import jax
 
+from tests import fast_compiler
+
 
 def join(port: int, count: int, index: int) -> None:
     """Joins the processes."""
@@ -19,6 +21,7 @@ def join(port: int, count: int, index: int) -> None:
     jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.distributed.initialize(f"localhost:{port}", count, index)
+    fast_compiler.install()
 
 
 def finetune(path: str) -> dict:

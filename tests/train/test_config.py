@@ -74,7 +74,7 @@ def test_what_is_left_out_has_its_default():
         ({"loss_chunk": 0}, "loss_chunk is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"log": {"every": 0}}, r"log\.every is 0"),
-        ({"remat": "all"}, "remat is 'all'; expected one of none, block"),
+        ({"remat": "all"}, "remat is 'all'; expected one of none, products"),
         (
             {"optimizer": {"learning_rate": 0.0}},
             r"where: optimizer: learning_rate.*0\.0",

@@ -64,6 +64,23 @@ def test_all_that_differs_is_named():
         check_same(theirs | {"lora": None}, theirs)
 
 
+def test_what_changes_no_number_may_change():
+    theirs = {
+        "base": "a",
+        "optimizer": {"offload": "never", "bits": 8},
+        "lora": {"rank": 8, "original": "here"},
+        "qat": {"calibration": None},
+    }
+    ours = theirs | {
+        "optimizer": {"offload": "always", "bits": 8},
+        "lora": {"rank": 8, "original": "there"},
+        "qat": {"calibration": "words.txt"},
+    }
+    check_same(ours, theirs)
+    with pytest.raises(SpecError, match=r"optimizer\.bits is 32, the run has 8"):
+        check_same(ours | {"optimizer": {"bits": 32}}, theirs)
+
+
 def test_lines_behind_the_step_and_torn_ones_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')

@@ -98,6 +98,14 @@ def test_originals_of_loftq_are_checked():
     short = params | {"layers.0.attn.q.kernel": jnp.ones((4, 4))}
     with pytest.raises(SpecError, match=r"original has shape \[4, 4\]"):
         attach(model, config, KEY, original=short)
+    other = params | {"layers.1.mlp.up.kernel": -params["layers.1.mlp.up.kernel"]}
+    message = r"layers\.1\.mlp\.up: the weight is farther from the original than zeros"
+    with pytest.raises(SpecError, match=message):
+        attach(model, config, KEY, original=other)
+    with pytest.raises(SpecError, match=r"say where they are with original="):
+        attach(model, config, KEY)
+    with pytest.raises(SpecError, match=r"init is 'kaiming': leave one out"):
+        LoRA(original="model")
 
 
 def test_kernels_layouts_are_read():
@@ -125,7 +133,7 @@ def test_experts_start_from_their_own_weights(init):
         own = adapter_tree(module)["experts"]
         left = dense(module.experts.kernel.get_value())
         product = own["scale"] * np.float64(own["a"]) @ own["b"]
-        wanted = w - q if init == "loftq" else q
+        wanted = w - q if init == "loftq" else w
         for e in range(3):
             u, s, v = np.linalg.svd(wanted[e])
             np.testing.assert_allclose(product[e], u[:, :2] * s[:2] @ v[:2], atol=1e-4)

@@ -23,6 +23,7 @@ from qjax.train.loss import token_losses
 from qjax.train.qat import QAT, convert, prepare
 from qjax.tree import dequantize_tree
 from qjax.wrappers import RoundedInputs
+from tests.train.lora_models import Mixed
 
 CONFIG = ModelConfig.from_hf(
     {
@@ -40,12 +41,6 @@ CONFIG = ModelConfig.from_hf(
 )
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 32, (2, 8)), jnp.int32)
 FMT = Int(3, 8, symmetric=False, scale_dtype="float16", zero_dtype="float16")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _optimized(_compiler):
-    """Results are compared bit for bit: with the compiler as it is used."""
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
@@ -251,6 +246,14 @@ def test_modules_of_other_kinds(rng):
         prepare(Net(), QAT(Int(4, 8)))
 
 
+def test_adapters_in_lists_and_dicts_are_taken():
+    model, targets = Mixed(), ("one", "seq.layers.0", "held.a", "pair.b")
+    config = QAT(Int(4, 8), lora=LoRA(rank=2, targets=targets))
+    report = prepare(model, config, key=jax.random.key(0))
+    assert len(report.weights) == 4 and all(one.adapter for one in report.weights)
+    assert model.one is model.again and model.pair["b"].qat.adapter is not None
+
+
 def test_rounded_inputs_of_a_recipe_are_settings_too(model):
     method = RoundInputs(RTN("mse"), "int8")
     recipe = Recipe((Rule("*kernel", FMT, method),))
@@ -270,6 +273,7 @@ def test_rounded_inputs_of_a_recipe_are_settings_too(model):
         ({"start_step": -1}, "start_step is -1, expected the number of a step"),
         ({"start_step": 0.5}, "start_step is 0.5, expected"),
         ({"static": True}, "set activations too"),
+        ({"calibration": "words.txt"}, "is for static scales of activations"),
         ({"others": True, "lora": object()}, "leave one out"),
     ],
 )

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import qjax
 from qjax.converters.huggingface import write_checkpoint
@@ -50,29 +49,15 @@ CONFIG = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-    """Runs of this module share compiled programs, which take most of their time."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("programs")))
-    jax.config.update(names[1], 0.0)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-def random_model(folder, model_path, seed):
+def random_model(folder, model_path, seed, **changes):
     """Writes a small random model with the bundled tokenizer."""
-    rng = np.random.default_rng(seed)
+    rng, config = np.random.default_rng(seed), {**CONFIG, **changes}
     tensors = {
         entry.name: (rng.standard_normal(entry.shape) * 0.2).astype(np.float32)
-        for entry in plan(ModelConfig.from_hf(CONFIG))
+        for entry in plan(ModelConfig.from_hf(config))
     }
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    write_checkpoint(folder, CONFIG, tensors, {n: model_path / n for n in names})
+    write_checkpoint(folder, config, tensors, {n: model_path / n for n in names})
     return folder
 
 
@@ -218,6 +203,7 @@ import qjax
 from qjax.train import checkpoints
 from qjax.train.config import finetune_from_dict
 from qjax.train.run import finetune
+from tests import fast_compiler
 
 base, config, out, write = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", 8)
@@ -232,22 +218,19 @@ def dying(*args, **kwargs):
     return written(*args, **kwargs)
 
 checkpoints.write_bytes = dying
+fast_compiler.install()
 finetune(*qjax.load(base), finetune_from_dict(json.loads(config)), out)
 """
 
 
 def test_a_run_killed_while_it_saves_continues_bit_for_bit(
-    whole, base, config, tmp_path
+    whole, base, config, tmp_path, root
 ):
     out = tmp_path / "out"
     # The fourth file written is the manifest of the second checkpoint.
     arguments = [str(base), json.dumps(config.to_dict()), str(out), "4"]
-    programs = {
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
     command = [sys.executable, "-c", CHILD, *arguments]
-    child = subprocess.run(command, env={**os.environ, **programs}, check=False)
+    child = subprocess.run(command, cwd=root, check=False)
     assert child.returncode == -signal.SIGKILL
     assert Checkpoints(out / "checkpoints").steps() == [2]
     assert (out / "checkpoints" / ".00000004.partial").exists()
@@ -377,6 +360,33 @@ def test_quantization_aware_training_ends_in_a_packed_model(base, config, tmp_pa
     tokens = np.arange(8)[None] + 100
     again, _ = qjax.load(result.model)
     np.testing.assert_allclose(again(tokens)[0], model(tokens)[0], atol=1e-4)
+
+
+def test_static_scales_come_from_the_data_or_a_file(base, config, words, tmp_path):
+    from qjax.train.data import load_data
+    from qjax.train.trained import calibration_of
+    from qjax.train.trainer import Trainer
+
+    qat = QAT(Int(8, "channel"), activations="int8", static=True)
+    changed = dataclasses.replace(config, lora=None, qat=qat)
+    model, tokenizer = qjax.load(base)
+    data = load_data(config.data, tokenizer)
+
+    def windows(**changes):
+        new = dataclasses.replace(qat, **changes)
+        return calibration_of(dataclasses.replace(changed, qat=new), data, tokenizer)
+
+    assert calibration_of(config, data, tokenizer) is None
+    held = windows()
+    assert held.shape[1] == 16 and 0 < len(held) <= 128
+    np.testing.assert_array_equal(held.reshape(-1), data.train.first(held.size))
+    ids = tokenizer.encode(words.read_text("utf-8"), add_special_tokens=False)
+    np.testing.assert_array_equal(windows(calibration=str(words))[1], ids[16:32])
+    with pytest.raises(SpecError, match="calibration: cannot read"):
+        windows(calibration=str(tmp_path / "none.txt"))
+    trainer = Trainer(model, tokenizer, changed)
+    assert trainer.model.layers[0].attn.q.qat.inputs.get_value() > 0
+    trainer.close()
 
 
 def test_steps_follow_from_epochs_and_context_from_the_model(base, config, tmp_path):
