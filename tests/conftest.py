@@ -28,6 +28,7 @@ OPTIMIZED = {
     "test_aot_memory.py",
     "test_examples.py",
     "test_memory.py",
+    "test_optimizers.py",
     "test_qat.py",
     "test_tpu_compile.py",
 }

@@ -58,7 +58,7 @@ def test_names_of_targets():
         ({"targets": ("q",), "alpha_pattern": {"k_proj": 3}}, "fits no adapted weight"),
         ({"alpha_pattern": {"(": 3}}, "is no regular expression"),
         ({"rank": 40, "init": "pissa"}, "rank 40 exceeds 16, the rank of a weight"),
-        ({"init": "loftq"}, "pass original="),
+        ({"init": "loftq"}, "say where they are with original="),
         ({"variant": "qalora", "pool": 5}, "has 32 inputs, which pool=5"),
     ],
 )
