@@ -103,7 +103,7 @@ def _call(p: specs.Problem, tiles: specs.Config, softcap, interpret):
     items = p.batch * p.kv_heads * tiles.splits
     stages, block = tiles.stages, tiles.block
     wide = min(128, p.head_dim)  # a tile does not straddle key and value
-    swizzle = (plgpu.TilingTransform((8, wide)), plgpu.SwizzleTransform(wide))
+    swizzle = hopper.swizzle(stored, wide)
     scratch = dict(
         q_smem=hopper.tile((ROWS, p.head_dim), dtype),
         codes_smem=plgpu.SMEM((stages, block, p.row), stored, transforms=swizzle),

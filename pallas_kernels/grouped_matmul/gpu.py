@@ -221,12 +221,8 @@ def _call(plan, weights, windows, activation, interpret):
     if plan.transpose or config.smem_operand:
         scratch["operand"] = hopper.tile((64, 64), x_type, config.warpgroups)
     if not config.split:
-        transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-        scratch["out_smem"] = plgpu.SMEM(
-            (config.warpgroups, 2, 64, 64),
-            jnp.dtype(plan.out_dtype),
-            transforms=transforms,
-        )
+        out_type = jnp.dtype(plan.out_dtype)
+        scratch["out_smem"] = hopper.out_tiles(config.warpgroups, out_type)
     rows: int = windows * config.tokens
     out = jax.ShapeDtypeStruct((rows, plan.outer), jnp.dtype(plan.out_dtype))
     if config.split:

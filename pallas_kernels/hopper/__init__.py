@@ -20,6 +20,7 @@ from .launch import kernel as kernel
 from .launch import out_tiles as out_tiles
 from .launch import registers as registers
 from .launch import roles as roles
+from .launch import swizzle as swizzle
 from .launch import tile as tile
 from .launch import transpose as transpose
 from .launch import write_turned as write_turned

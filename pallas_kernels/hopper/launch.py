@@ -138,12 +138,17 @@ def transpose(ref):
     return versions.transpose_ref(ref)
 
 
+def swizzle(dtype, size=128):
+    """Layout of shared memory in which 8 rows of `size` bytes are swizzled."""
+    tiling: Any = plgpu.TilingTransform  # types of jax 0.12 call both abstract
+    swizzled: Any = plgpu.SwizzleTransform
+    return tiling((8, size // dtype.itemsize)), swizzled(size)
+
+
 def tile(shape, dtype, stages=None):
     """Shared memory for operands of `wgmma`, swizzled by 128 bytes."""
     lead = () if stages is None else (stages,)
-    tiling = plgpu.TilingTransform((8, 128 // dtype.itemsize))
-    transforms = (tiling, plgpu.SwizzleTransform(128))
-    return plgpu.SMEM((*lead, *shape), dtype, transforms=transforms)
+    return plgpu.SMEM((*lead, *shape), dtype, transforms=swizzle(dtype))
 
 
 def out_tiles(warpgroups, dtype):

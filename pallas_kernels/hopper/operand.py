@@ -58,7 +58,7 @@ def magic_word(decode: Decode, *, interpret=False):
     bits = ((mantissa + BIAS[decode.dtype]) << mantissa) * 0x00010001
     if interpret:
         return jnp.int32(bits)
-    shape = plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR)
+    shape = plgpu.ShapeDtypeStruct((), jnp.dtype("int32"), layout=_SCALAR)
 
     @plgpu.inline_mgpu(arg_types=(), return_type=shape)
     def emit(_):

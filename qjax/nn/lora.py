@@ -119,8 +119,8 @@ class Adapter(nnx.Module):
         if isinstance(w, QuantizedTensor):
             own = ops.matmul(a.T, lax.stop_gradient(_exact(w)))
         else:
-            wide = {"preferred_element_type": jnp.float32}
-            own = jnp.matmul(a.T.astype(w.dtype), lax.stop_gradient(w), **wide)
+            thin, dense = a.T.astype(w.dtype), lax.stop_gradient(w)
+            own = jnp.matmul(thin, dense, preferred_element_type=jnp.float32)
         gram = jnp.matmul(a.T, a, precision="highest")
         own = 2.0 * own + s * jnp.matmul(gram, b, precision="highest")
         squares = self.squares.get_value() + s * jnp.sum(b * own, 0)
