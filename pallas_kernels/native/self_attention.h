@@ -4,134 +4,159 @@
 //   P = softmax(factor Q K^T), masked      Y = P V
 //   dV = P^T dY    D = dY V^T    dS = factor P (D - rowsum(P D))    dQ = dS K    dK = dS^T Q
 //
-// A tile of queries has all its scores at once; they are made anew for the gradient, so
-// none are stored. Only the keys between the first and the last that a tile sees are read.
-// Operands are packed as panels [columns / 4 L][depth][4 L], padded with zeros, and every
-// product is the one of values.h.
+// A tile of 4 L queries has all its scores at once, transposed: [keys][4 L], a query in a
+// lane. That is a panel for products with K^T and V^T, and rows for those with Q and dY,
+// so that no scores are turned, and softmax adds whole vectors. Scores are made anew for
+// the gradient; none are stored. Only the keys between the first and the last that a tile
+// sees are read.
 //
 // Reference: Dao, FlashAttention-2, arXiv 2307.08691, equations of section 3.
 
-constexpr int64_t kTileQueries = 64;
-
 INLINE int64_t whole_strips(int64_t count) { return (count + W - 1) / W * W; }
 
-// x [depth][columns] to panels; returns their end.
-static float* to_panels(const float* x, int64_t stride, int64_t depth, int64_t columns,
-                        float* out) {
-  for (int64_t first = 0; first < columns; first += W) {
-    const int64_t count = columns - first < W ? columns - first : W;
-    for (int64_t i = 0; i < depth; ++i, out += W) {
+// x [rows][columns] to out [columns][out_stride].
+static void turn(const float* x, int64_t stride, int64_t rows, int64_t columns, float* out,
+                 int64_t out_stride) {
+  for (int64_t r = 0; r < rows; ++r, x += stride) {
+    for (int64_t j = 0; j < columns; ++j) out[j * out_stride + r] = x[j];
+  }
+}
+
+// x [rows][columns] to a panel [columns][4 L] of its transpose, padded with zeros.
+static void to_turned_panel(const float* x, int64_t stride, int64_t rows, int64_t columns,
+                            float* panel) {
+  if (rows < W) std::memset(panel, 0, columns * W * sizeof(float));
+  turn(x, stride, rows, columns, panel, W);
+}
+
+// x [rows][columns] to panels [columns / wide][rows][wide], padded with zeros.
+static void to_panels(const float* x, int64_t stride, int64_t rows, int64_t columns,
+                      int64_t wide, float* out) {
+  for (int64_t first = 0; first < columns; first += wide) {
+    const int64_t count = columns - first < wide ? columns - first : wide;
+    for (int64_t i = 0; i < rows; ++i, out += wide) {
       std::memcpy(out, x + i * stride + first, count * sizeof(float));
-      if (count < W) std::memset(out + count, 0, (W - count) * sizeof(float));
+      if (count < wide) std::memset(out + count, 0, (wide - count) * sizeof(float));
     }
   }
-  return out;
 }
 
-// x [columns][depth], transposed, to panels; returns their end.
-static float* to_turned_panels(const float* x, int64_t columns, int64_t depth,
-                               float* out) {
-  for (int64_t first = 0; first < columns; first += W, out += depth * W) {
-    for (int64_t l = 0; l < W; ++l) {
-      const float* from = x + (first + l) * depth;
-      const bool within = first + l < columns;
-      for (int64_t i = 0; i < depth; ++i) out[i * W + l] = within ? from[i] : 0.f;
+// y [MR][2 L] += x [MR][deep] times a panel [deep][2 L].
+template <int MR>
+static void add_half(const float* panel, int64_t deep, const float* x, int64_t x_stride,
+                     float* y, int64_t y_stride) {
+  F acc[MR][2];
+  UNROLL for (int r = 0; r < MR; ++r) {
+    acc[r][0] = fload(y + r * y_stride), acc[r][1] = fload(y + r * y_stride + L);
+  }
+  for (int64_t i = 0; i < deep; ++i, panel += 2 * L) {
+    const F left = fload(panel), right = fload(panel + L);
+    UNROLL for (int r = 0; r < MR; ++r) {
+      const F v = fset(x[r * x_stride + i]);
+      acc[r][0] = fma(v, left, acc[r][0]), acc[r][1] = fma(v, right, acc[r][1]);
     }
   }
-  return out;
-}
-
-// y [rows][columns] = x [rows][depth] times panels of `all` deep, from `skip` on.
-static void multiply_panels(const float* panels, int64_t all, int64_t skip, int64_t depth,
-                            int64_t columns, const float* x, int64_t x_stride,
-                            int64_t rows, float* y, int64_t y_stride, bool add) {
-  for (int64_t r = 0; r < rows && !add; ++r) {
-    std::memset(y + r * y_stride, 0, whole_strips(columns) * sizeof(float));
-  }
-  for (int64_t first = 0; first < columns; first += W, panels += all * W) {
-    add_values(panels + skip * W, depth, x, x_stride, rows, y + first, y_stride);
+  UNROLL for (int r = 0; r < MR; ++r) {
+    fstore(y + r * y_stride, acc[r][0]), fstore(y + r * y_stride + L, acc[r][1]);
   }
 }
 
-// x [rows][columns] to out [columns][kTileQueries].
-static void turn_tile(const float* x, int64_t stride, int64_t rows, int64_t columns,
-                      float* out) {
-  for (int64_t j = 0; j < columns; ++j) {
-    for (int64_t r = 0; r < rows; ++r) out[j * kTileQueries + r] = x[r * stride + j];
+// y [rows][columns] += x [rows][deep] times panels, of 4 L columns or, where one of half
+// the width holds them all, 2 L.
+static void add_panels(const float* panels, int64_t deep, int64_t columns, int64_t wide,
+                       const float* x, int64_t x_stride, int64_t rows, float* y,
+                       int64_t y_stride) {
+  if (wide == W) {
+    for (int64_t first = 0; first < columns; first += W, panels += deep * W) {
+      add_values(panels, deep, x, x_stride, rows, y + first, y_stride);
+    }
+    return;
+  }
+  int64_t r = 0;
+  for (; r + 2 * kRows <= rows; r += 2 * kRows) {
+    add_half<2 * kRows>(panels, deep, x + r * x_stride, x_stride, y + r * y_stride,
+                        y_stride);
+  }
+  for (; r < rows; ++r) {
+    add_half<1>(panels, deep, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
   }
 }
 
-// Sums of 16 numbers in turn, which compilers add as vectors.
-INLINE float sum_of(const float* part) {
-  float total = 0;
-  for (int l = 0; l < 16; ++l) total += part[l];
-  return total;
-}
+// Tokens of a tile or a row: places, and the documents they belong to.
+struct Tokens {
+  const int32_t *positions, *segments;
+};
 
-// One row of `count` dot products (whole strips) to weights that add up to 1, or to 0
-// where the query sees nothing.
-static void softmax_self(const SelfCall& c, const int32_t* positions,
-                         const int32_t* segments, int32_t position, int32_t segment,
-                         int64_t count, float* s) {
+// Dot products [keys][4 L] to weights that add up to 1 for each query, or to 0 where it
+// sees nothing.
+static void softmax_self(const SelfCall& c, Tokens keys, Tokens queries, int64_t count,
+                         float* s) {
   constexpr float kLeast = -3.0e38f;
   const float factor = c.factor;
   const int32_t window = static_cast<int32_t>(c.window);
-  float tops[16], part[16] = {};
-  for (int l = 0; l < 16; ++l) tops[l] = kLeast;
-  for (int64_t j = 0; j < count; j += 16) {
-    for (int l = 0; l < 16; ++l) {
-      const int32_t at = positions[j + l], distance = position - at;
+  alignas(64) float tops[W], part[W];
+  for (int l = 0; l < W; ++l) tops[l] = kLeast, part[l] = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    const int32_t at = keys.positions[j], segment = keys.segments[j];
+    float* row = s + j * W;
+    for (int l = 0; l < W; ++l) {
+      const int32_t distance = queries.positions[l] - at;
       const bool seen = (at >= 0) & (distance >= 0) & (distance < window) &
-                        (segments[j + l] == segment);
-      const float v = seen ? s[j + l] * factor : kLeast;
-      s[j + l] = v;
+                        (queries.segments[l] == segment);
+      const float v = seen ? row[l] * factor : kLeast;
+      row[l] = v;
       tops[l] = v > tops[l] ? v : tops[l];
     }
   }
-  float top = kLeast;
-  for (int l = 0; l < 16; ++l) top = tops[l] > top ? tops[l] : top;
-  for (int64_t j = 0; j < count; j += 16) {
-    for (int l = 0; l < 16; ++l) {
-      const float v = s[j + l] == kLeast ? 0.f : exp_of(s[j + l] - top);
-      s[j + l] = v;
+  for (int64_t j = 0; j < count; ++j) {
+    float* row = s + j * W;
+    for (int l = 0; l < W; ++l) {
+      const float v = row[l] == kLeast ? 0.f : exp_of(row[l] - tops[l]);
+      row[l] = v;
       part[l] += v;
     }
   }
-  const float total = sum_of(part), share = total == 0 ? 0.f : 1 / total;
-  for (int64_t j = 0; j < count; ++j) s[j] *= share;
+  for (int l = 0; l < W; ++l) part[l] = part[l] == 0 ? 0.f : 1 / part[l];
+  for (int64_t j = 0; j < count; ++j) {
+    for (int l = 0; l < W; ++l) s[j * W + l] *= part[l];
+  }
 }
 
 // Weights and their gradient to that of the dot products, in place of the latter.
 static void softmax_gradient(const float* p, int64_t count, float factor, float* d) {
-  float part[16] = {};
-  for (int64_t j = 0; j < count; j += 16) {
-    for (int l = 0; l < 16; ++l) part[l] += p[j + l] * d[j + l];
+  alignas(64) float mean[W] = {};
+  for (int64_t j = 0; j < count; ++j) {
+    for (int l = 0; l < W; ++l) mean[l] += p[j * W + l] * d[j * W + l];
   }
-  const float mean = sum_of(part);
-  for (int64_t j = 0; j < count; ++j) d[j] = factor * p[j] * (d[j] - mean);
+  for (int64_t j = 0; j < count; ++j) {
+    for (int l = 0; l < W; ++l) {
+      const int64_t i = j * W + l;
+      d[i] = factor * p[i] * (d[i] - mean[l]);
+    }
+  }
 }
 
-// Keys, in whole strips, of which the queries [t0, t1) see any.
-static void reach(const SelfCall& c, const int32_t* positions, const int32_t* segments,
-                  int64_t t0, int64_t t1, int64_t* first, int64_t* last) {
+// Keys of which the queries [t0, t1) see any.
+static void reach(const SelfCall& c, Tokens all, int64_t t0, int64_t t1, int64_t* first,
+                  int64_t* last) {
   int32_t low = INT32_MAX, high = -1, from = INT32_MAX, to = INT32_MIN;
   for (int64_t t = t0; t < t1; ++t) {
-    low = positions[t] < low ? positions[t] : low;
-    high = positions[t] > high ? positions[t] : high;
-    from = segments[t] < from ? segments[t] : from;
-    to = segments[t] > to ? segments[t] : to;
+    low = all.positions[t] < low ? all.positions[t] : low;
+    high = all.positions[t] > high ? all.positions[t] : high;
+    from = all.segments[t] < from ? all.segments[t] : from;
+    to = all.segments[t] > to ? all.segments[t] : to;
   }
   *first = c.time, *last = 0;
   for (int64_t j = 0; j < c.time; ++j) {
-    if (positions[j] < 0 || positions[j] > high || low - positions[j] >= c.window ||
-        segments[j] < from || segments[j] > to) {
+    const int32_t at = all.positions[j];
+    if (at < 0 || at > high || low - at >= c.window || all.segments[j] < from ||
+        all.segments[j] > to) {
       continue;
     }
     *first = j < *first ? j : *first;
     *last = j + 1;
   }
-  *first = *first / W * W;
-  *last = *last > *first ? whole_strips(*last) : *first;
+  if (*last < *first) *last = *first;
 }
 
 // The queries of one row and key head, `item` of batch * kv_heads.
@@ -139,80 +164,74 @@ static void attend_self(const SelfCall& c, int64_t item) {
   thread_local Buffer floats, numbers;
   const int64_t b = item / c.kv_heads, h = item % c.kv_heads, width = c.width;
   const int64_t groups = c.heads / c.kv_heads, row = c.heads * width;
-  const int64_t slots = whole_strips(c.time), wide = whole_strips(width) + 16;
-  const int64_t stride = slots + 16, strip = whole_strips(width);
+  const int64_t slots = whole_strips(c.time), stride = slots + 16;
+  const int64_t wide = width <= W / 2 ? W / 2 : W;
+  const int64_t across = (width + wide - 1) / wide * wide;
   const bool gradient = c.dy != nullptr;
 
-  // Positions and segments, padded with keys that nobody sees.
+  // Padded with queries that see nothing.
   int32_t* positions = numbers.get<int32_t>(2 * slots);
   int32_t* segments = positions + slots;
   for (int64_t j = 0; j < slots; ++j) {
     positions[j] = j < c.time ? c.positions[b * c.time + j] : -1;
     segments[j] = j < c.time ? c.segments[b * c.time + j] : -1;
   }
+  const Tokens all{positions, segments};
   const float *k = c.k + item * c.time * width, *v = c.v + item * c.time * width;
-  const int64_t tile = kTileQueries * stride, turned = kTileQueries * slots;
-  const int64_t panels = slots * width + c.time * strip;
-  float* at = floats.get<float>(2 * panels + 2 * tile + kTileQueries * (wide + 2 * strip) +
-                                (gradient ? 2 * turned + 2 * slots * wide : 0));
-  const float* keys = at;  // K^T
-  at = to_turned_panels(k, c.time, width, at);
-  const float* values = at;  // V, or V^T and K
-  at = gradient ? to_turned_panels(v, c.time, width, at)
-                : to_panels(v, width, c.time, width, at);
-  const float* plain = at;
-  if (gradient) at = to_panels(k, width, c.time, width, at);
-  float *p = at, *d = p + tile, *line = d + tile, *turn = line + kTileQueries * wide;
-  float* rows = turn + turned;  // packed rows of q or dy
-  float *dk = rows + 2 * kTileQueries * strip, *dv = dk + slots * wide;
-  if (gradient) std::memset(dk, 0, 2 * slots * wide * sizeof(float));
+  float* at = floats.get<float>(width * stride + 2 * slots * W + 2 * width * W +
+                                (gradient ? W * across + 2 * c.time * across : 0));
+  float* turned = at;  // V^T, or K^T
+  turn(gradient ? k : v, width, c.time, width, turned, stride);
+  float *p = turned + width * stride, *d = p + slots * W;
+  float *panel = d + slots * W, *line = panel + width * W;
+  float *panels = line + width * W, *dk = panels + W * across, *dv = dk + c.time * across;
+  if (gradient) std::memset(dk, 0, 2 * c.time * across * sizeof(float));
 
-  for (int64_t t = 0; t < c.time; t += kTileQueries) {
-    const int64_t count = c.time - t < kTileQueries ? c.time - t : kTileQueries;
+  for (int64_t t = 0; t < c.time; t += W) {
+    const int64_t count = c.time - t < W ? c.time - t : W;
     int64_t first, last;
-    reach(c, positions, segments, t, t + count, &first, &last);
-    const int64_t seen = last - first, real = (last < c.time ? last : c.time) - first;
+    reach(c, all, t, t + count, &first, &last);
+    const int64_t seen = last - first;
+    const Tokens keys{positions + first, segments + first};
+    const Tokens queries{positions + t, segments + t};
+    // out [seen][4 L] = x [seen][width] times the transpose of a tile
+    auto dots = [&](const float* tile, const float* x, float* out) {
+      to_turned_panel(tile, row, count, width, panel);
+      std::memset(out, 0, seen * W * sizeof(float));
+      add_values(panel, width, x + first * width, width, seen, out, W);
+    };
+    // out, a tile, = the transpose of `turned` times weights [seen][4 L]
+    auto mix = [&](const float* weights, float* out) {
+      std::memset(line, 0, width * W * sizeof(float));
+      add_values(weights, seen, turned + first, stride, width, line, W);
+      for (int64_t r = 0; r < count; ++r, out += row) {
+        for (int64_t i = 0; i < width; ++i) out[i] = line[i * W + r];
+      }
+    };
+    // out [seen][width] += weights [seen][4 L] times a tile
+    auto gather_tile = [&](const float* weights, const float* tile, float* out) {
+      to_panels(tile, row, count, width, wide, panels);
+      add_panels(panels, count, width, wide, weights, W, seen, out + first * across,
+                 across);
+    };
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t from = (b * c.time + t) * row + (h * groups + g) * width;
-      const float* q = c.q + from;
-      multiply_panels(keys + first * width, width, 0, width, seen, q, row, count, p,
-                      stride, false);
-      for (int64_t r = 0; r < count; ++r) {
-        softmax_self(c, positions + first, segments + first, positions[t + r],
-                     segments[t + r], seen, p + r * stride);
-      }
+      dots(c.q + from, k, p);
+      softmax_self(c, keys, queries, seen, p);
       if (!gradient) {
-        multiply_panels(values, c.time, first, real, width, p, stride, count, line, wide,
-                        false);
-        for (int64_t r = 0; r < count; ++r) {
-          std::memcpy(c.y + from + r * row, line + r * wide, width * sizeof(float));
-        }
+        mix(p, c.y + from);
         continue;
       }
-      const float* dy = c.dy + from;
-      turn_tile(p, stride, count, seen, turn);
-      to_panels(dy, row, count, width, rows);
-      multiply_panels(rows, count, 0, count, width, turn, kTileQueries, seen,
-                      dv + first * wide, wide, true);
-      multiply_panels(values + first * width, width, 0, width, seen, dy, row, count, d,
-                      stride, false);
-      for (int64_t r = 0; r < count; ++r) {
-        softmax_gradient(p + r * stride, seen, c.factor, d + r * stride);
-      }
-      multiply_panels(plain, c.time, first, real, width, d, stride, count, line, wide,
-                      false);
-      for (int64_t r = 0; r < count; ++r) {
-        std::memcpy(c.dq + from + r * row, line + r * wide, width * sizeof(float));
-      }
-      turn_tile(d, stride, count, seen, turn);
-      to_panels(q, row, count, width, rows);
-      multiply_panels(rows, count, 0, count, width, turn, kTileQueries, seen,
-                      dk + first * wide, wide, true);
+      gather_tile(p, c.dy + from, dv);
+      dots(c.dy + from, v, d);
+      softmax_gradient(p, seen, c.factor, d);
+      mix(d, c.dq + from);
+      gather_tile(d, c.q + from, dk);
     }
   }
   for (int64_t j = 0; j < c.time && gradient; ++j) {
     const int64_t to = (item * c.time + j) * width;
-    std::memcpy(c.dk + to, dk + j * wide, width * sizeof(float));
-    std::memcpy(c.dv + to, dv + j * wide, width * sizeof(float));
+    std::memcpy(c.dk + to, dk + j * across, width * sizeof(float));
+    std::memcpy(c.dv + to, dv + j * across, width * sizeof(float));
   }
 }
