@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from jax import lax
 
 JAX = tuple(int(part) for part in jax.__version__.split(".")[:2])
 
@@ -22,6 +23,27 @@ def load(ref: Any, layout: Any, *, optimized: bool = True) -> Any:
 
     index = () if JAX >= (0, 12) else ((),)
     return plgpu.load(ref, *index, layout=layout, optimized=optimized)
+
+
+def lookup(table: Any, index: Any, axis: int) -> Any:
+    """TPU: entries of `table` within a register, like `jnp.take_along_axis`.
+
+    That one widens indices since 0.12, and the compiler wants them as wide as entries.
+    """
+    other = 1 - axis
+    return lax.gather(
+        table,
+        index[..., None],
+        lax.GatherDimensionNumbers(
+            offset_dims=(),
+            collapsed_slice_dims=(axis,),
+            start_index_map=(axis,),
+            operand_batching_dims=(other,),
+            start_indices_batching_dims=(other,),
+        ),
+        slice_sizes=(1, 1),
+        mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+    )
 
 
 def result(shape: tuple[int, ...], dtype: Any, *operands: Any) -> Any:

@@ -30,6 +30,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
+from .. import versions
 from ..weights import FIELDS, WeightSpec
 from . import layout
 
@@ -260,13 +261,10 @@ def _planes(dec, spec, packed, table):
 def _gather(table, index):
     """Looks register tiles of `index` up in the rows of `table`."""
     rows, n = table.shape[0], index.shape[1]
-
-    def find(tile):
-        return jnp.take_along_axis(table, tile, axis=0, mode="promise_in_bounds")
-
     out = []
     for a in range(0, index.shape[0], rows):
-        parts = [find(index[a : a + rows, b : b + 128]) for b in range(0, n, 128)]
+        tiles = (index[a : a + rows, b : b + 128] for b in range(0, n, 128))
+        parts = [versions.lookup(table, tile, 0) for tile in tiles]
         out.append(jnp.concatenate(parts, axis=1))
     return jnp.concatenate(out, axis=0)
 

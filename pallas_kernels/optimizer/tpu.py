@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from .. import versions
 from . import dynamic, update
 from .specs import SLAB, TpuConfig, rows_of, tpu_config, tpu_obstacle
 from .update import BLOCK, Hyper
@@ -133,25 +134,9 @@ def _load(codes, absmax, here, table):
 
 
 def _pick(table, codes):
-    low, high = (_gather(table[i : i + 1], codes & jnp.int32(127)) for i in (0, 1))
+    rows = (jnp.broadcast_to(table[i : i + 1], codes.shape) for i in (0, 1))
+    low, high = (versions.lookup(row, codes & jnp.int32(127), 1) for row in rows)
     return jnp.where(codes < 128, low, high)
-
-
-def _gather(row, lanes):
-    """`row[0, lanes]`: a gather within the 128 lanes of a register."""
-    return lax.gather(
-        jnp.broadcast_to(row, lanes.shape),
-        lanes[..., None],
-        lax.GatherDimensionNumbers(
-            offset_dims=(),
-            collapsed_slice_dims=(1,),
-            start_index_map=(1,),
-            operand_batching_dims=(0,),
-            start_indices_batching_dims=(0,),
-        ),
-        slice_sizes=(1, 1),
-        mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
-    )
 
 
 def _store(moment, *, signed):
