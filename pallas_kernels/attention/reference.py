@@ -281,11 +281,11 @@ def bound(
 
     A backend rounds q, the softmax weights and its partial results to `compute` (unit
     roundoff u), sums in float32 (roundoff f) and rounds its result to the dtype of q
-    (roundoff r). A score then errs by
+    (roundoff r, smallest number a). A score then errs by
     `e = (u + (head_dim + 8) f) scale s_k sum_d |q_d key_d|`, weights by the factor
     `exp(2 e)`, and the result by
 
-        (exp(2 e) - 1 + 2 u + (length + 16) f) sum_j w_j |V_j| + r |y|
+        (exp(2 e) - 1 + 2 u + (length + 16) f) sum_j w_j |V_j| + r |y| + a / 2
 
     with `e` the largest over seen keys. `softcap` does not raise it: its slope is at
     most 1. A rotated result mixes the numbers of a block, so their bounds add up, times
@@ -337,7 +337,7 @@ def bound(
         most = jnp.sum(parts, axis=-1, keepdims=True) * (block**-0.5 * (1 + out))
         mixed = jnp.broadcast_to(most, parts.shape).reshape(total.shape)
         total = mixed + out * jnp.max(mean) * width**0.5
-    return total
+    return total + float(jnp.finfo(q.dtype).smallest_subnormal) / 2
 
 
 def positions_from_lengths(lengths, time: int, length: int):
