@@ -1,13 +1,15 @@
 """Perplexity of the bundled model under every preset, on both test texts.
 
-    command   python benchmarks/quality.py [RECIPE ...] [--windows 200] [--json FILE]
+    command   python benchmarks/quality.py [RECIPE ...] [--windows 200] [--data-free]
+              [--json FILE]
     hardware  any CPU
     minutes   half a minute per recipe on two cores, up to two for calibrated ones and
               ten for learned rounding
     result    a Markdown table; decoder linears only, embeddings and head kept
 
 Protocol `gptq`: windows of 512 tokens, first token of each not scored, float32.
-Calibrated recipes read the first 128 windows of 512 tokens of the calibration text.
+Calibrated recipes read the first 128 windows of 512 tokens of the calibration text,
+those of GGUF (`q4_k_m`, `q4_k_m-best`) as well, unless `--data-free`.
 `RECIPE@BITS` allocates a width to every layer, `BITS` on average.
 """
 
@@ -35,14 +37,14 @@ def measure(model, tokenizer, windows: int) -> dict[str, float]:
     return found
 
 
-def quantized(path: str, recipe: str):
+def quantized(path: str, recipe: str, calibration: Path | None):
     """The model under a recipe, with `@` and a number under an allocated one."""
     name, _, bits = recipe.partition("@")
     chosen = name
     if bits:
-        found = allocate_checkpoint(path, name, float(bits), calibration=CALIBRATION)
+        found = allocate_checkpoint(path, name, float(bits), calibration=calibration)
         chosen = found.recipe
-    return qjax.quantize_model(path, chosen, calibration=CALIBRATION)
+    return qjax.quantize_model(path, chosen, calibration=calibration)
 
 
 def main() -> None:
@@ -50,8 +52,10 @@ def main() -> None:
     names = [*qjax.PRESETS, *BEST]
     parser.add_argument("recipes", nargs="*", default=names)
     parser.add_argument("--windows", type=int, default=200)
+    parser.add_argument("--data-free", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    calibration = None if options.data_free else CALIBRATION
     path = str(EXAMPLES / "model")
     original, tokenizer = qjax.load(path)
     rows = {"original": {"bits": 16.0} | measure(original, tokenizer, options.windows)}
@@ -59,7 +63,7 @@ def main() -> None:
     print("| --- | ---: | ---: | ---: |")
     for recipe in ["original", *options.recipes]:
         if recipe != "original":
-            model = quantized(path, recipe)
+            model = quantized(path, recipe, calibration)
             size = qjax.model_size(model)
             bits = 8 * size.quantized_bytes / size.quantized_parameters
             rows[recipe] = {"bits": bits} | measure(model, tokenizer, options.windows)
