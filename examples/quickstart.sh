@@ -4,7 +4,7 @@
 #   command   bash examples/quickstart.sh [RESULTS FOLDER]
 #   needs     Python >= 3.11 and a package index (set PYTHON to choose the interpreter)
 #   hardware  any CPU; written for 2 cores and 4 GB of memory
-#   minutes   1 to install, then 2 on two cores
+#   minutes   2 to install, then 2 on two cores
 #   result    a table, a sample of text, and quickstart-results/: table.md, table.json,
 #             quality.png and the quantized models
 #
